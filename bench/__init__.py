@@ -1,0 +1,1 @@
+"""The yard: local services, simulated phones, load, the ledger. Product code never imports it."""

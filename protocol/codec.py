@@ -1,0 +1,108 @@
+"""The encoders and decoders, built once. Frames in two codecs, records in MessagePack, small values in JSON.
+
+Called by the gateway's transports (frames), both brokers (records) and the bench. Raises `RemoteProtocolError` for what a
+client got wrong, `msgspec.DecodeError` for a record that cannot be read.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+
+from protocol import frames, records
+from protocol.errors import ErrorCode, RemoteProtocolError
+from protocol.models import ConnectionRegistry, Presence, SystemEvent
+
+MAX_FRAME_BYTES: Final = 64 * 1024
+MAX_CONTENT_BYTES: Final = 48 * 1024
+
+SUBPROTOCOL_JSON: Final = "trireme.v1.json"
+SUBPROTOCOL_MSGPACK: Final = "trireme.v1.msgpack"
+
+_ECHO_LIMIT = 64
+"""No answer repeats more than this many characters of input."""
+
+
+class _Probe(msgspec.Struct):
+    """What can still be read from a refused frame, to tell the client which one it was."""
+
+    type: Any = None
+    client_message_id: Any = None
+    idempotency_key: Any = None
+
+
+class FrameCodec:
+    """One of the two frame codecs. `binary` says which WebSocket opcode carries it."""
+
+    __slots__ = ("_decode", "_decode_server", "_probe", "binary", "encode", "subprotocol")
+
+    def __init__(self, subprotocol: str, binary: bool) -> None:
+        self.subprotocol = subprotocol
+        self.binary = binary
+        decoder: Any = msgspec.msgpack.Decoder if binary else msgspec.json.Decoder
+        self._decode = decoder(frames.ClientFrame).decode
+        self._decode_server = decoder(frames.ServerFrame).decode
+        self._probe = decoder(_Probe).decode
+        self.encode = msgspec.msgpack.Encoder().encode if binary else msgspec.json.Encoder().encode
+
+    def decode(self, data: bytes | bytearray | memoryview) -> frames.ClientFrame:
+        """One client frame. Raises RemoteProtocolError: bad_frame, unknown_type or validation_failed."""
+        try:
+            frame: frames.ClientFrame = self._decode(data)
+        except msgspec.ValidationError as error:
+            raise self._refusal(data, str(error)) from None
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            raise RemoteProtocolError(ErrorCode.BAD_FRAME, f"not a {self.subprotocol} object") from None
+        return frame
+
+    def decode_server(self, data: bytes | str) -> frames.ServerFrame:
+        """One server frame, for clients. Raises msgspec.DecodeError."""
+        frame: frames.ServerFrame = self._decode_server(data)
+        return frame
+
+    def _refusal(self, data: bytes | bytearray | memoryview, reason: str) -> RemoteProtocolError:
+        try:
+            probe = self._probe(data)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return RemoteProtocolError(ErrorCode.BAD_FRAME, f"not a {self.subprotocol} object")
+        if not isinstance(probe.type, str) or probe.type not in frames.CLIENT_TAGS:
+            return RemoteProtocolError(ErrorCode.UNKNOWN_TYPE, "unknown frame type")
+        return RemoteProtocolError(
+            ErrorCode.VALIDATION_FAILED,
+            reason[:160],
+            client_message_id=_short(probe.client_message_id, _ECHO_LIMIT),
+            idempotency_key=_short(probe.idempotency_key, 128),
+        )
+
+
+def _short(value: object, limit: int) -> str | None:
+    return value if isinstance(value, str) and len(value) <= limit else None
+
+
+JSON: Final = FrameCodec(SUBPROTOCOL_JSON, binary=False)
+MSGPACK: Final = FrameCodec(SUBPROTOCOL_MSGPACK, binary=True)
+FRAME_CODECS: Final = {SUBPROTOCOL_JSON: JSON, SUBPROTOCOL_MSGPACK: MSGPACK}
+
+
+def transcode_to_msgpack(json_frame: bytes) -> bytes:
+    """A worker's JSON frame for a MessagePack connection."""
+    return MSGPACK.encode(_from_json(json_frame))
+
+
+_from_json = msgspec.json.Decoder().decode
+_to_msgpack = msgspec.msgpack.Encoder().encode
+encode_record = _to_msgpack
+"""One ingest record or query → bytes."""
+decode_ingest = msgspec.msgpack.Decoder(records.IngestRecord).decode
+decode_query = msgspec.msgpack.Decoder(records.Query).decode
+encode_down = _to_msgpack
+"""A list of down items → bytes."""
+decode_down = msgspec.msgpack.Decoder(list[records.DownItem]).decode
+
+encode_value = msgspec.json.Encoder().encode
+decode_registry = msgspec.json.Decoder(ConnectionRegistry).decode
+decode_presence = msgspec.json.Decoder(Presence).decode
+decode_instance = msgspec.json.Decoder(records.InstanceInfo).decode
+decode_system_event = msgspec.json.Decoder(SystemEvent).decode
+

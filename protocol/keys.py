@@ -1,0 +1,139 @@
+"""Every Redis key, stream, group and id format. No other module spells a key.
+
+The shard of a conversation decides its ingest stream; a message id carries its shard, so that a receipt, which
+names only the message, reaches the right stream.
+"""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+from zlib import crc32
+
+DEFAULT_SHARDS = 64
+"""Shards of the ingest log; fixed at first start and recorded under `SHARDS` (design.md section 4)."""
+MAX_SHARDS = 4096
+"""A message id holds its shard in three hexadecimal digits."""
+
+SHARDS = "shards"
+"""string: the shard count of this installation; written once, a process with another setting refuses to start."""
+QUERY = "query"
+"""stream: reads the gateways need from MongoDB; any worker; capped, since a lost query is asked again."""
+EVENTS = "events"
+"""stream: CloudEvents for agents and webhooks."""
+NOTIFICATIONS = "notifications"
+"""stream: push jobs."""
+INSTANCES = "instances"
+"""set: ids of all gateway, REST and worker instances that may be alive; each has its own `instance:{id}` lease."""
+
+INGEST_GROUP = "ingest"
+INGEST_CONSUMER = "owner"
+"""One fixed consumer name per shard: the owner of the moment reads as it, so pending entries follow the shard."""
+QUERY_GROUP = "query"
+FIELD = b"r"
+"""The one field of a stream entry: the encoded record."""
+
+CONNECTION_TTL_SECONDS = 3600
+PRESENCE_TTL_SECONDS = 300
+INBOX_TTL_SECONDS = 30 * 86400
+INSTANCE_TTL_SECONDS = 15
+LEASE_TTL_MS = 5000
+INBOX_LIMIT = 10_000
+"""Most ids an inbox keeps: it is an accelerator, so the oldest go first (100 conversations × one page of 100)."""
+
+
+def ingest(shard: int) -> str:
+    """stream, owned by the holder of the shard's lease; trimmed by MINID behind the last acknowledged entry."""
+    return f"ingest:{shard}"
+
+
+def lease(shard: int) -> str:
+    """string: id of the owning worker; 5 s, renewed every 1.5 s."""
+    return f"lease:shard:{shard}"
+
+
+def down(instance_id: str) -> str:
+    """stream of records for one gateway or REST instance; trimmed by the instance itself."""
+    return f"down:{instance_id}"
+
+
+def instance(instance_id: str) -> str:
+    """string: liveness lease of an instance, 15 s; value `protocol.records.InstanceInfo`."""
+    return f"instance:{instance_id}"
+
+
+CONNECTION_PREFIX = "connection:"
+
+
+def connection(user_id: str) -> str:
+    """hash device_id → ConnectionRegistry; 1 h, refreshed by the gateway's sweep."""
+    return f"connection:{user_id}"
+
+
+def presence(user_id: str) -> str:
+    """string Presence, 5 min; also the pub/sub channel of its changes."""
+    return f"presence:{user_id}"
+
+
+def inbox(user_id: str) -> str:
+    """list of ids of undelivered messages, for users without a live device; 30 days from the newest."""
+    return f"inbox:{user_id}"
+
+
+def user_channel(user_id: str) -> str:
+    """pub/sub: user-scoped control events."""
+    return f"user:{user_id}"
+
+
+def notification_channel(user_id: str) -> str:
+    """pub/sub: push jobs of one user."""
+    return f"notification:{user_id}"
+
+
+def agent(agent_id: str) -> str:
+    """string: agent registry cache, 5 min."""
+    return f"agent:{agent_id}"
+
+
+def session(user_id: str) -> str:
+    """string: session cache, 1 h."""
+    return f"session:{user_id}"
+
+
+def intent(message_hash: str) -> str:
+    """string: intent cache, 1 h, only for conversations flagged plaintext."""
+    return f"intent:{message_hash}"
+
+
+def shard_of(conversation_id: str, shards: int) -> int:
+    """The shard of a conversation: CRC-32 of its id modulo the shard count."""
+    return crc32(conversation_id.encode()) % shards
+
+
+def new_id(prefix: str, now_ms: int, entropy: int) -> str:
+    """`usr_`, `conv_`, `sess_` ids: prefix, 44 bits of epoch ms, 64 bits of entropy; sorts by time."""
+    return f"{prefix}_{now_ms:011x}{entropy & 0xFFFF_FFFF_FFFF_FFFF:016x}"
+
+
+def new_message_id(now_ms: int, entropy: int, shard: int) -> str:
+    """`msg_`, 44 bits of epoch ms, 48 bits of entropy, 12 bits of shard; sorts by time (right-leaning index)."""
+    return f"msg_{now_ms:011x}{entropy & 0xFFFF_FFFF_FFFF:012x}{shard:03x}"
+
+
+MESSAGE_ID_LENGTH = 4 + 11 + 12 + 3
+
+
+def shard_of_message(message_id: str, shards: int) -> int | None:
+    """The shard written in a message id, or None when it is no id of ours."""
+    if len(message_id) != MESSAGE_ID_LENGTH or not message_id.startswith("msg_"):
+        return None
+    try:
+        shard = int(message_id[-3:], 16)
+    except ValueError:
+        return None
+    return shard if shard < shards else None
+
+
+def direct_conversation_id(user_a: str, user_b: str) -> str:
+    """The id of the 1:1 conversation of two users: the same whoever asks first, so creating it is idempotent."""
+    low, high = sorted((user_a, user_b))
+    return "conv_" + blake2b(f"{low}\0{high}".encode(), digest_size=14).hexdigest()

@@ -1,0 +1,63 @@
+"""The budgets of one connection, and the token bucket that keeps a rate.
+
+Called by `session.py`; the gateway fills `Limits` from its settings. Time comes in as seconds of a monotonic clock.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from protocol.codec import MAX_CONTENT_BYTES, MAX_FRAME_BYTES
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """Every number a session obeys. Defaults are those of protocol.md; each has a `TRIREME_*` setting in the gateway."""
+
+    max_frame_bytes: int = MAX_FRAME_BYTES
+    max_content_bytes: int = MAX_CONTENT_BYTES
+    window: int = 32
+    """Unacknowledged messages per connection; a full window stops reading."""
+    message_rate: float = 20.0
+    message_burst: int = 60
+    lookup_rate: float = 5.0
+    """retransmit, sync and history together, per second."""
+    retransmit_span: int = 500
+    page_limit: int = 100
+    auth_timeout_seconds: float = 10.0
+    open_timeout_seconds: float = 10.0
+    """From a good token to the answer of a worker."""
+    ack_timeout_seconds: float = 10.0
+    ask_timeout_seconds: float = 5.0
+    """A page not answered by then is asked again."""
+    heartbeat_seconds: float = 30.0
+    """Silence after which the server pings; also told to the client."""
+    dead_seconds: float = 60.0
+    protocol_errors: int = 10
+    """Soft protocol errors within `error_window_seconds` that end the connection with 4400."""
+    rate_errors: int = 100
+    """Rate refusals within `error_window_seconds` that end the connection with 4429."""
+    error_window_seconds: float = 60.0
+
+
+class TokenBucket:
+    """`rate` tokens per second, at most `burst`. `take` is atomic: it never awaits."""
+
+    __slots__ = ("_burst", "_level", "_rate", "_updated")
+
+    def __init__(self, rate: float, burst: float, now: float) -> None:
+        self._rate = rate
+        self._burst = burst
+        self._level = burst
+        self._updated = now
+
+    def take(self, now: float) -> float:
+        """Take one token. Returns 0.0, or the seconds until one is there (and takes nothing)."""
+        level = self._level + (now - self._updated) * self._rate
+        self._updated = now
+        if level > self._burst:
+            level = self._burst
+        if level >= 1.0:
+            self._level = level - 1.0
+            return 0.0
+        self._level = level
+        return (1.0 - level) / self._rate

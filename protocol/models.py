@@ -1,0 +1,230 @@
+"""The seed's entities as they are stored in MongoDB and shown on the wire.
+
+Field names, renames and omissions follow the seed's serde rules: `_id` for document ids, lowercase enums, `None`
+fields left out except `User.phone`, `User.email`, `next_retry_at` and `last_retry_at`, which are written as null.
+Dates are `datetime` in UTC: BSON dates in MongoDB, RFC 3339 in JSON.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import UNSET, Meta, UnsetType
+
+Id = Annotated[str, Meta(min_length=1, max_length=64)]
+"""An id as a client may name it. Ids the server makes: see `protocol.keys`."""
+IdempotencyKeyText = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"\A[A-Za-z0-9._:-]+\Z")]
+EpochMs = Annotated[int, Meta(ge=0, le=253_402_300_799_999)]
+"""Milliseconds since 1970; the upper end is the last one of the year 9999, the last that a BSON-to-datetime mapping holds."""
+Sequence = Annotated[int, Meta(ge=1, le=2**53)]
+GROUP_LIMIT = 100
+"""Most participants of a group conversation (seed, "Group Chat Support")."""
+SYSTEM_SENDER = "system"
+
+
+class UserStatus(StrEnum):
+    ONLINE = "online"
+    OFFLINE = "offline"
+
+
+class ConversationType(StrEnum):
+    ONE_TO_ONE = "1:1"
+    GROUP = "group"
+
+
+class MessageType(StrEnum):
+    TEXT = "text"
+    IMAGE = "image"
+    VIDEO = "video"
+    AUDIO = "audio"
+    DOCUMENT = "document"
+    LOCATION = "location"
+    SYSTEM = "system"
+
+
+class MessageStatus(StrEnum):
+    SENT = "sent"
+    DELIVERED = "delivered"
+    READ = "read"
+
+
+class DLQErrorType(StrEnum):
+    BROKER_PUBLISH_FAILED = "broker_publish_failed"
+    STORAGE_FAILED = "storage_failed"
+    VALIDATION_FAILED = "validation_failed"
+    TIMEOUT = "timeout"
+    SERVICE_UNAVAILABLE = "service_unavailable"
+    NETWORK_ERROR = "network_error"
+    UNKNOWN = "unknown"
+
+
+class DLQStatus(StrEnum):
+    PENDING = "pending"
+    RETRYING = "retrying"
+    FAILED = "failed"
+    RESOLVED = "resolved"
+
+
+class Role(StrEnum):
+    OWNER = "owner"
+    ADMIN = "admin"
+    MEMBER = "member"
+
+
+class User(msgspec.Struct, kw_only=True, frozen=True):
+    """A person or agent account. `phone` and `email` are unique where they are strings."""
+
+    user_id: str | UnsetType = msgspec.field(name="_id", default=UNSET)
+    phone: str | None
+    email: str | None
+    name: str
+    avatar_url: str | UnsetType = UNSET
+    created_at: datetime
+    last_seen: datetime | UnsetType = UNSET
+    status: UserStatus
+
+
+class Conversation(msgspec.Struct, kw_only=True, frozen=True):
+    """A 1:1 or group conversation. `participants` holds the ids of those who are in it now."""
+
+    conversation_id: str | UnsetType = msgspec.field(name="_id", default=UNSET)
+    user_id: str
+    agent_id: str
+    conversation_type: ConversationType = msgspec.field(name="type")
+    participants: list[str]
+    last_sequence_number: int
+    last_message_at: datetime | UnsetType = UNSET
+    created_at: datetime
+
+
+class Membership(msgspec.Struct, kw_only=True, frozen=True):
+    """One user's stay in one conversation; `_id` is `{conversation_id}:{user_id}`.
+
+    `delivered_seq` and `read_seq` are watermarks and only grow. `read_countable` is the number of countable messages
+    up to the read mark, so unread = countable at the head − `read_countable`. `devices` maps a device to the
+    last sequence it acknowledged. Visible to the member: `join_seq` ≤ sequence ≤ `leave_seq`.
+    """
+
+    membership_id: str = msgspec.field(name="_id")
+    conversation_id: str
+    user_id: str
+    role: Role
+    join_seq: int
+    leave_seq: int | UnsetType = UNSET
+    delivered_seq: int
+    read_seq: int
+    read_countable: int
+    devices: dict[str, int]
+
+
+class MessagePayload(msgspec.Struct, kw_only=True, frozen=True, gc=False):
+    """What a client sends (seed, "MessagePayload"). `timestamp` is the client's clock in epoch ms: stored, never ordering."""
+
+    conversation_id: Id
+    receiver_id: Annotated[str, Meta(max_length=64)] = ""
+    content: str
+    message_type: MessageType = msgspec.field(name="type")
+    media_url: Annotated[str, Meta(max_length=2048)] | None = None
+    reply_to_message_id: Id | None = None
+    timestamp: EpochMs
+
+
+class StoredMessage(msgspec.Struct, kw_only=True, frozen=True, gc=False):
+    """A committed message as a viewer sees it: one entry of its conversation's log.
+
+    `idempotency_key` is set for the sender only. `status` is as the viewer sees it (see `protocol.watermarks`).
+    """
+
+    message_id: str | UnsetType = msgspec.field(name="_id", default=UNSET)
+    idempotency_key: str | UnsetType = UNSET
+    conversation_id: str
+    sequence_number: int
+    sender_id: str
+    receiver_id: str
+    message_type: MessageType = msgspec.field(name="type")
+    content: str
+    media_url: str | UnsetType = UNSET
+    reply_to_message_id: str | UnsetType = UNSET
+    timestamp: datetime
+    status: MessageStatus
+    created_at: datetime
+
+
+class MessageDocument(StoredMessage, kw_only=True, frozen=True, gc=False):
+    """A `messages` document: the stored message and what only the server reads.
+
+    `digest` is the 16-byte hash chain up to and including this entry, `countable` the number of entries up to here
+    that count as unread for somebody (all but system messages).
+    """
+
+    digest: bytes
+    countable: int
+
+
+class IdempotencyKey(msgspec.Struct, kw_only=True, frozen=True):
+    """`idempotency_keys` document. `_id` scopes the client's key: `{conversation_id}:{sender_id}:{key}`."""
+
+    idempotency_key: str = msgspec.field(name="_id")
+    message_id: str
+    created_at: datetime
+
+
+class SequenceNumber(msgspec.Struct, kw_only=True, frozen=True):
+    """`sequence_numbers` document: how far a conversation's flushed state reaches. The log itself is the truth."""
+
+    conversation_id: str = msgspec.field(name="_id")
+    last_sequence_number: int
+    updated_at: datetime
+
+
+class DeadLetterQueueEntry(msgspec.Struct, kw_only=True, frozen=True):
+    """A record that cannot succeed now for its own reason. `raw` holds the bytes of one that could not be decoded."""
+
+    id: str | UnsetType = msgspec.field(name="_id", default=UNSET)
+    message: StoredMessage | UnsetType = UNSET
+    raw: bytes | UnsetType = UNSET
+    error: str
+    error_type: DLQErrorType
+    retry_count: int
+    max_retries: int
+    next_retry_at: datetime | None
+    created_at: datetime
+    last_retry_at: datetime | None
+    status: DLQStatus
+    resolved_at: datetime | UnsetType = UNSET
+    resolved_reason: str | UnsetType = UNSET
+    expires_at: datetime
+
+
+class ConnectionRegistry(msgspec.Struct, kw_only=True, frozen=True):
+    """Value of one field (device) of `connection:{user_id}`."""
+
+    instance_id: str
+    connection_id: str
+    timestamp: int
+
+
+class Presence(msgspec.Struct, kw_only=True, frozen=True):
+    """Value of `presence:{user_id}`; `last_seen` in epoch ms."""
+
+    status: UserStatus
+    last_seen: int
+
+
+class SystemEvent(msgspec.Struct, kw_only=True, frozen=True):
+    """JSON content of a system message: one step of a group's state. `event`: created, added, removed, left."""
+
+    event: str
+    actor: str
+    targets: list[str]
+    version: int = 1
+    roles: dict[str, Role] | UnsetType = UNSET
+
+
+def to_document(model: msgspec.Struct) -> dict[str, Any]:
+    """The BSON-ready mapping of a model: dates and bytes stay what they are."""
+    document: dict[str, Any] = msgspec.to_builtins(model, builtin_types=(datetime, bytes))
+    return document
