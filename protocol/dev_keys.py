@@ -1,0 +1,14 @@
+"""The Ed25519 key pair of `TRIREME_ENV=dev`, so that a fresh checkout signs and verifies tokens without configuration.
+
+Public by design: a process in any other environment refuses to start without keys of its own (RFC 8037 JWK).
+"""
+
+from typing import Final
+
+PRIVATE_JWK: Final = (
+    '{"crv":"Ed25519","x":"_o4oMholVIA8rYorw7HPv7PoCR0WMWAU9En_iSZs5x4","d":"SHQyuYw5mVfR1_GM_yyZZXlAkrF5UEqFVzEe43YejLo","kid":"dev","kty":"OKP"}'
+)
+PUBLIC_JWK: Final = (
+    '{"crv":"Ed25519","x":"_o4oMholVIA8rYorw7HPv7PoCR0WMWAU9En_iSZs5x4","kid":"dev","kty":"OKP"}'
+)
+ADMIN_TOKEN: Final = "dev-admin"
