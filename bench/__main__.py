@@ -1,0 +1,47 @@
+"""The door of the yard: `python -m bench COMMAND`. The table below is the list of commands.
+
+Each command is a module with `add_arguments(parser)` and `main(args) -> exit status`, imported only when it is asked for:
+the load drivers and the locust run must not pay for, or meet, each other's imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from typing import Final
+
+COMMANDS: Final[dict[str, tuple[str, str]]] = {
+    "services": ("bench.services", "local Valkey and mongod, until stopped"),
+    "replay": ("bench.replay", "replay real chat logs as groups and check every message"),
+    "direct": ("bench.load", "load: durable 1:1 messages with delivery receipts"),
+    "gateway": (
+        "bench.gateway_cost",
+        "CPU per message and memory per connection of both transports and three echo servers",
+    ),
+    "locust": ("bench.locust_run", "a short headless locust run with its HTML report"),
+}
+"""Command → (module, help)."""
+
+
+def parse(argv: list[str]) -> tuple[str, argparse.Namespace]:
+    """The command's module name and its arguments. Only that module is imported."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Services, load, replay and verdicts.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    wanted = next((word for word in argv if not word.startswith("-")), None)
+    for name, (module, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        if name == wanted:
+            importlib.import_module(module).add_arguments(command)
+    args = parser.parse_args(argv)
+    return COMMANDS[args.command][0], args
+
+
+def main() -> int:
+    module, args = parse(sys.argv[1:])
+    status: int = importlib.import_module(module).main(args)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

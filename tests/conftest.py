@@ -1,0 +1,49 @@
+"""What all tests share: one Valkey and one mongod for the whole run, a fresh database and an empty Valkey for each test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pymongo
+import pytest
+import redis
+
+from bench.services import Services, run_services
+
+_databases = count(1)
+
+
+@pytest.fixture(scope="session")
+def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
+    """The servers of this run; they end with it, however it ends."""
+    data_dir: Path = tmp_path_factory.mktemp("services")
+    with run_services(data_dir) as running:
+        yield running
+
+
+@pytest.fixture
+def redis_url(services: Services) -> str:
+    """An empty Valkey. Emptied rather than numbered: pub/sub channels are shared by all numbered databases."""
+    with redis.Redis.from_url(services.redis_url) as client:
+        client.flushall()
+        client.script_flush()
+    return services.redis_url
+
+
+@pytest.fixture
+def mongodb_url(services: Services) -> Iterator[str]:
+    """The URL of a database that exists for this test only."""
+    name = f"test_{next(_databases)}"
+    server = services.mongodb_url.rsplit("/", 1)[0]
+    yield f"{server}/{name}"
+    with pymongo.MongoClient[dict[str, Any]](server) as client:
+        client.drop_database(name)
+
+
+@pytest.fixture
+def anyio_backend() -> tuple[str, dict[str, bool]]:
+    """Worker code runs on asyncio with uvloop, and so do its tests."""
+    return "asyncio", {"use_uvloop": True}
