@@ -1,0 +1,377 @@
+"""The Redis side of every worker role: the only module here that imports redis.
+
+Called by the roles with records and plain values; never decides anything. Keys come from `protocol.keys`, scripts from `lua/`.
+
+*Raises*: `BrokerUnavailable` where Redis cannot be reached or refuses for a reason that passes; `GroupMissing` where a consumer group is gone, so Redis
+came back empty. *Cancellation*: a cancelled command closes its pooled connection, so no reply can reach the next caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import anyio
+import redis.asyncio
+import redis.exceptions
+
+from protocol import codec, keys, records
+
+LUA = Path(__file__).parent / "lua"
+DOWN_LIMIT = 100_000
+"""Most entries a down stream keeps when its instance has stopped reading but not yet lost its lease (15 s)."""
+QUERY_LIMIT = 10_000
+COMMAND_SECONDS = 5.0
+"""Deadline of a command that does not block."""
+
+
+class BrokerUnavailable(Exception):
+    """Redis is away, loading, full or failing over: try again later."""
+
+
+class GroupMissing(Exception):
+    """The stream or its consumer group does not exist: Redis came back empty."""
+
+
+class StreamEntry(NamedTuple):
+    """One ingest entry. `payload` is None where somebody trimmed it while it was pending."""
+
+    shard: int
+    entry_id: bytes
+    payload: bytes | None
+
+
+class Settlement(NamedTuple):
+    """What a lane has finished in one shard: ids to acknowledge, and the lowest id that must stay in the stream."""
+
+    shard: int
+    entry_ids: list[bytes]
+    floor: bytes
+
+
+@asynccontextmanager
+async def open_broker(url: str) -> AsyncIterator[Broker]:
+    """Connect lazily to Redis at `url`; closes its pool on exit."""
+    client = redis.asyncio.Redis.from_url(
+        url,
+        decode_responses=False,
+        protocol=2,
+        socket_connect_timeout=2.0,
+        max_connections=256,
+        health_check_interval=0,
+    )
+    try:
+        yield Broker(client)
+    finally:
+        with anyio.CancelScope(shield=True), anyio.move_on_after(2):
+            await client.aclose()
+
+
+@contextmanager
+def _passing_errors() -> Iterator[None]:
+    """Name Redis' passing failures: unreachable, out of memory, busy, loading, failing over."""
+    try:
+        yield
+    except redis.exceptions.ResponseError as error:
+        text = str(error)
+        if text.startswith("NOGROUP") or "requires the key to exist" in text:
+            raise GroupMissing(text) from error
+        if isinstance(error, redis.exceptions.OutOfMemoryError) or text.startswith(
+            ("OOM", "LOADING", "BUSY ", "READONLY", "MISCONF", "UNBLOCKED", "MASTERDOWN", "NOREPLICAS")
+        ):
+            raise BrokerUnavailable(text) from error
+        raise
+    except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError, TimeoutError) as error:
+        raise BrokerUnavailable(str(error) or type(error).__name__) from error
+
+
+class Broker:
+    """Every Redis command of the workers. `client` is for tests and for the registry's own connection."""
+
+    def __init__(self, client: redis.asyncio.Redis) -> None:
+        self.client = client
+        client.set_response_callback("XREADGROUP", _as_it_comes)
+        client.set_response_callback("XREAD", _as_it_comes)
+        self._settle = client.register_script((LUA / "settle.lua").read_bytes())
+        self._hold = client.register_script((LUA / "hold_leases.lua").read_bytes())
+        self._release = client.register_script((LUA / "release_leases.lua").read_bytes())
+        self._push_inbox = client.register_script((LUA / "push_inbox.lua").read_bytes())
+
+    async def _run(self, *args: Any) -> Any:
+        with _passing_errors():
+            with anyio.fail_after(COMMAND_SECONDS):
+                return await self.client.execute_command(*args)
+
+    # --- start-up ----------------------------------------------------------------------------------------------------
+
+    async def ping(self) -> None:
+        """Raises BrokerUnavailable while Redis does not answer."""
+        await self._run("PING")
+
+    async def agree_shards(self, shards: int) -> int:
+        """Record the shard count at the first start; returns the count on record, which the caller must compare."""
+        await self._run("SET", keys.SHARDS, shards, "NX")
+        return int(await self._run("GET", keys.SHARDS))
+
+    async def eviction_policy(self) -> str:
+        """`maxmemory-policy`; anything but noeviction may evict a stream."""
+        reply = await self._run("CONFIG", "GET", "maxmemory-policy")
+        values = reply if isinstance(reply, dict) else dict(zip(reply[::2], reply[1::2], strict=True))
+        value = next(iter(values.values()), b"noeviction")
+        return value.decode() if isinstance(value, bytes) else str(value)
+
+    async def run_id(self) -> str:
+        """Changes when Redis was restarted or failed over."""
+        info = await self._run("INFO", "server")
+        if isinstance(info, dict):
+            return str(info["run_id"])
+        return str(dict(line.split(":", 1) for line in info.decode().splitlines() if ":" in line)["run_id"])
+
+    # --- ingest ------------------------------------------------------------------------------------------------------
+
+    async def append_ingest(self, shard: int, record: records.IngestRecord) -> None:
+        """Append a record to its shard."""
+        await self._run("XADD", keys.ingest(shard), "*", keys.FIELD, codec.encode_record(record))
+
+    async def create_ingest_groups(self, shards: Iterable[int]) -> None:
+        """Make stream and group of each shard where they are missing; the group starts at the stream's beginning."""
+        for shard in shards:
+            await self._create_group(keys.ingest(shard), keys.INGEST_GROUP)
+
+    async def _create_group(self, stream: str, group: str) -> None:
+        try:
+            await self._run("XGROUP", "CREATE", stream, group, "0", "MKSTREAM")
+        except redis.exceptions.ResponseError as error:
+            if not str(error).startswith("BUSYGROUP"):
+                raise
+
+    async def read_ingest(self, shards: Sequence[int], count: int, block_ms: int) -> list[StreamEntry]:
+        """New entries of these shards, at most `count` per shard, waiting up to `block_ms` for the first."""
+        streams = [keys.ingest(shard) for shard in shards]
+        with _passing_errors():
+            # The client's own deadline: a blocking read must not hang when its connection dies silently.
+            with anyio.move_on_after(block_ms / 1000 + 2) as scope:
+                reply = await self.client.execute_command(
+                    "XREADGROUP", "GROUP", keys.INGEST_GROUP, keys.INGEST_CONSUMER,
+                    "COUNT", count, "BLOCK", block_ms, "STREAMS", *streams, *[">"] * len(streams),
+                )  # fmt: skip
+            if scope.cancelled_caught:
+                raise BrokerUnavailable("blocking read got no answer")
+        return _entries(reply)
+
+    async def read_pending(self, shard: int, after: bytes, count: int) -> list[StreamEntry]:
+        """Entries of a shard that its previous owner read and did not acknowledge, after an id (b"0" for all)."""
+        reply = await self._run(
+            "XREADGROUP", "GROUP", keys.INGEST_GROUP, keys.INGEST_CONSUMER,
+            "COUNT", count, "STREAMS", keys.ingest(shard), after,
+        )  # fmt: skip
+        return _entries(reply)
+
+    async def publish_and_settle(
+        self, down: Mapping[str, list[records.DownItem]], settlements: Sequence[Settlement]
+    ) -> None:
+        """Append one record per instance, then acknowledge and trim: publishing comes first on the same connection.
+
+        A publish that Redis refuses is not repeated here: acks are asked for again by clients, pushes repaired by the sweep.
+        """
+        with _passing_errors():
+            async with self.client.pipeline(transaction=False) as pipe:
+                for instance_id, items in down.items():
+                    pipe.execute_command(*_down_command(instance_id, codec.encode_down(items)))
+                if settlements:
+                    stream_keys, argv = _settle_arguments(settlements)
+                    await self._settle(keys=stream_keys, args=argv, client=pipe)
+                with anyio.fail_after(COMMAND_SECONDS):
+                    await pipe.execute(raise_on_error=False)
+
+    # --- down --------------------------------------------------------------------------------------------------------
+
+    async def publish_down(self, instance_id: str, items: list[records.DownItem]) -> None:
+        """One record for one instance; dropped where its stream is gone."""
+        await self._run(*_down_command(instance_id, codec.encode_down(items)))
+
+    async def create_down(self, instance_id: str) -> None:
+        """Make an instance's own stream, so that others' records are kept."""
+        await self._run("XADD", keys.down(instance_id), "*", keys.FIELD, codec.encode_down([]))
+
+    async def read_down(self, instance_id: str, last_id: bytes, block_ms: int) -> list[tuple[bytes, bytes]]:
+        """(entry id, encoded items) after `last_id`, waiting up to `block_ms`."""
+        with _passing_errors():
+            with anyio.move_on_after(block_ms / 1000 + 2) as scope:
+                reply = await self.client.execute_command(
+                    "XREAD", "COUNT", 100, "BLOCK", block_ms, "STREAMS", keys.down(instance_id), last_id
+                )
+            if scope.cancelled_caught:
+                raise BrokerUnavailable("blocking read got no answer")
+        return [(entry_id, fields[1]) for _, entries in reply or () for entry_id, fields in entries]
+
+    async def trim_down(self, instance_id: str, min_id: bytes) -> None:
+        """Drop what the instance has read."""
+        await self._run("XTRIM", keys.down(instance_id), "MINID", min_id)
+
+    # --- query -------------------------------------------------------------------------------------------------------
+
+    async def append_query(self, query: records.Query) -> None:
+        """Append a query for any worker; the stream is capped, since a lost query is asked again."""
+        await self._run("XADD", keys.QUERY, "MAXLEN", "~", QUERY_LIMIT, "*", keys.FIELD, codec.encode_record(query))
+
+    async def read_queries(self, consumer: str, count: int, block_ms: int) -> list[bytes]:
+        """Encoded queries nobody else has read. Without acknowledgement: a worker that dies leaves them to be asked again."""
+        try:
+            with _passing_errors():
+                with anyio.move_on_after(block_ms / 1000 + 2) as scope:
+                    reply = await self.client.execute_command(
+                        "XREADGROUP", "GROUP", keys.QUERY_GROUP, consumer,
+                        "COUNT", count, "BLOCK", block_ms, "NOACK", "STREAMS", keys.QUERY, ">",
+                    )  # fmt: skip
+                if scope.cancelled_caught:
+                    raise BrokerUnavailable("blocking read got no answer")
+        except GroupMissing:
+            await self._create_group(keys.QUERY, keys.QUERY_GROUP)
+            return []
+        return [fields[1] for _, entries in reply or () for _, fields in entries]
+
+    # --- leases, instances, registry, inbox --------------------------------------------------------------------------
+
+    async def hold_leases(self, worker_id: str, shards: Sequence[int]) -> list[int]:
+        """Take or renew; returns the shards the worker holds now for `keys.LEASE_TTL_MS` more."""
+        if not shards:
+            return []
+        with _passing_errors():
+            with anyio.fail_after(COMMAND_SECONDS):
+                held = await self._hold(
+                    keys=[keys.lease(shard) for shard in shards], args=[worker_id, keys.LEASE_TTL_MS]
+                )
+        return [shard for shard, mine in zip(shards, held, strict=True) if mine]
+
+    async def release_leases(self, worker_id: str, shards: Sequence[int]) -> None:
+        """Give up what is still this worker's."""
+        if shards:
+            with _passing_errors():
+                await self._release(keys=[keys.lease(shard) for shard in shards], args=[worker_id])
+
+    async def renew_instance(self, instance_id: str, info: records.InstanceInfo) -> None:
+        """Say that this instance lives, for `keys.INSTANCE_TTL_SECONDS`."""
+        await self._run("SET", keys.instance(instance_id), codec.encode_value(info), "EX", keys.INSTANCE_TTL_SECONDS)
+        await self._run("SADD", keys.INSTANCES, instance_id)
+
+    async def remove_instance(self, instance_id: str) -> None:
+        """Forget an instance and its stream."""
+        await self._run("DEL", keys.instance(instance_id), keys.down(instance_id))
+        await self._run("SREM", keys.INSTANCES, instance_id)
+
+    async def live_instances(self) -> dict[str, records.InstanceInfo]:
+        """Instance id → info of all whose lease lives; forgets the others, with their streams."""
+        names = [name.decode() for name in await self._run("SMEMBERS", keys.INSTANCES)]
+        if not names:
+            return {}
+        values = await self._run("MGET", *[keys.instance(name) for name in names])
+        live = {}
+        for name, value in zip(names, values, strict=True):
+            if value is None:
+                await self.remove_instance(name)
+            else:
+                live[name] = codec.decode_instance(value)
+        return live
+
+    async def locate(self, user_ids: Sequence[str]) -> dict[str, frozenset[str]]:
+        """User → ids of the instances that hold a connection of theirs (empty: offline)."""
+        with _passing_errors():
+            async with self.client.pipeline(transaction=False) as pipe:
+                for user_id in user_ids:
+                    pipe.execute_command("HVALS", keys.connection(user_id))
+                with anyio.fail_after(COMMAND_SECONDS):
+                    replies = await pipe.execute()
+        return {
+            user_id: frozenset(codec.decode_registry(value).instance_id for value in reply)
+            for user_id, reply in zip(user_ids, replies, strict=True)
+        }
+
+    async def push_inbox(self, inboxes: Mapping[str, list[str]]) -> None:
+        """Remember undelivered message ids for users who are offline."""
+        argv: list[Any] = [keys.INBOX_TTL_SECONDS, keys.INBOX_LIMIT]
+        for ids in inboxes.values():
+            argv += [len(ids), *ids]
+        with _passing_errors():
+            with anyio.fail_after(COMMAND_SECONDS):
+                await self._push_inbox(keys=[keys.inbox(user_id) for user_id in inboxes], args=argv)
+
+    async def drop_from_inbox(self, delivered: Mapping[str, list[str]]) -> None:
+        """Remove message ids that were delivered."""
+        with _passing_errors():
+            async with self.client.pipeline(transaction=False) as pipe:
+                for user_id, ids in delivered.items():
+                    for message_id in ids:
+                        pipe.execute_command("LREM", keys.inbox(user_id), 1, message_id)
+                with anyio.fail_after(COMMAND_SECONDS):
+                    await pipe.execute()
+
+    @asynccontextmanager
+    async def registry_changes(self) -> AsyncIterator[AsyncIterator[list[str] | None]]:
+        """Server-assisted invalidation: yields the users whose `connection:{user_id}` changed, None for "anything may have".
+
+        One connection listens on `__redis__:invalidate`, another tracks the key prefix in broadcast mode and redirects to it
+        (https://valkey.io/topics/client-side-caching/). Raises BrokerUnavailable when either breaks: the caller forgets all it cached.
+        """
+        with _passing_errors():
+            pubsub = self.client.pubsub()
+            tracker = self.client.client()
+            try:
+                await pubsub.connect()
+                connection = pubsub.connection
+                assert connection is not None
+                await connection.send_command("CLIENT", "ID")
+                listener_id = int(await connection.read_response())
+                await pubsub.subscribe("__redis__:invalidate")
+                await tracker.execute_command(
+                    "CLIENT", "TRACKING", "ON", "REDIRECT", listener_id, "BCAST", "PREFIX", keys.CONNECTION_PREFIX
+                )
+                yield _invalidations(pubsub, tracker)
+            finally:
+                with anyio.CancelScope(shield=True), anyio.move_on_after(2):
+                    await pubsub.aclose()  # type: ignore[no-untyped-call]
+                    await tracker.aclose()
+
+
+async def _invalidations(pubsub: Any, tracker: redis.asyncio.Redis) -> AsyncIterator[list[str] | None]:
+    prefix = len(keys.CONNECTION_PREFIX)
+    while True:
+        message = await pubsub.get_message(ignore_subscribe_messages=True, timeout=5.0)
+        if message is None:
+            await tracker.execute_command("PING")
+            continue
+        data = message["data"]
+        if data is None:
+            yield None
+        else:
+            yield [key[prefix:].decode() for key in (data if isinstance(data, list) else [data])]
+
+
+def _as_it_comes(reply: Any, **_: Any) -> Any:
+    return reply
+
+
+def _entries(reply: Any) -> list[StreamEntry]:
+    entries = []
+    for stream, items in reply or ():
+        shard = int(stream[stream.rindex(b":") + 1 :])
+        for entry_id, fields in items:
+            entries.append(StreamEntry(shard, entry_id, fields[1] if fields else None))
+    return entries
+
+
+def _down_command(instance_id: str, payload: bytes) -> tuple[Any, ...]:
+    return ("XADD", keys.down(instance_id), "NOMKSTREAM", "MAXLEN", "~", DOWN_LIMIT, "*", keys.FIELD, payload)
+
+
+def _settle_arguments(settlements: Sequence[Settlement]) -> tuple[list[str], list[Any]]:
+    stream_keys = []
+    argv: list[Any] = [keys.INGEST_GROUP]
+    for shard, entry_ids, floor in settlements:
+        stream_keys.append(keys.ingest(shard))
+        argv.append(len(entry_ids))
+        argv += entry_ids
+        argv.append(floor)
+    return stream_keys, argv
