@@ -1,7 +1,7 @@
 """The encoders and decoders, built once. Frames in two codecs, records in MessagePack, small values in JSON.
 
-Called by the gateway's transports (frames), both brokers (records) and the bench. Raises `RemoteProtocolError` for what a
-client got wrong, `msgspec.DecodeError` for a record that cannot be read.
+Called by the gateway's transports (frames), both brokers (records) and the bench. Raises `RemoteProtocolError` for what
+a client got wrong, `msgspec.DecodeError` for a record that cannot be read.
 """
 
 from __future__ import annotations
@@ -105,4 +105,3 @@ decode_registry = msgspec.json.Decoder(ConnectionRegistry).decode
 decode_presence = msgspec.json.Decoder(Presence).decode
 decode_instance = msgspec.json.Decoder(records.InstanceInfo).decode
 decode_system_event = msgspec.json.Decoder(SystemEvent).decode
-

@@ -6,9 +6,8 @@ Public by design: a process in any other environment refuses to start without ke
 from typing import Final
 
 PRIVATE_JWK: Final = (
-    '{"crv":"Ed25519","x":"_o4oMholVIA8rYorw7HPv7PoCR0WMWAU9En_iSZs5x4","d":"SHQyuYw5mVfR1_GM_yyZZXlAkrF5UEqFVzEe43YejLo","kid":"dev","kty":"OKP"}'
+    '{"crv":"Ed25519","x":"_o4oMholVIA8rYorw7HPv7PoCR0WMWAU9En_iSZs5x4",'
+    '"d":"SHQyuYw5mVfR1_GM_yyZZXlAkrF5UEqFVzEe43YejLo","kid":"dev","kty":"OKP"}'
 )
-PUBLIC_JWK: Final = (
-    '{"crv":"Ed25519","x":"_o4oMholVIA8rYorw7HPv7PoCR0WMWAU9En_iSZs5x4","kid":"dev","kty":"OKP"}'
-)
+PUBLIC_JWK: Final = '{"crv":"Ed25519","x":"_o4oMholVIA8rYorw7HPv7PoCR0WMWAU9En_iSZs5x4","kid":"dev","kty":"OKP"}'
 ADMIN_TOKEN: Final = "dev-admin"

@@ -9,7 +9,7 @@ from enum import IntEnum, StrEnum
 
 
 class ErrorCode(StrEnum):
-    """`code` of an `error` frame and of a REST error body. `retryable` says whether the same request may succeed later."""
+    """`code` of an `error` frame and of a REST error body. `retryable`: may the same request succeed later?"""
 
     retryable: bool
     http_status: int

@@ -37,7 +37,7 @@ class Frame(msgspec.Struct, tag_field="type", frozen=True, gc=False):
 
 
 class AuthPayload(msgspec.Struct, kw_only=True, frozen=True):
-    """`auth_token`: a JWT, or the session token of a `migration` frame. `resume`: last sequence held per conversation."""
+    """`auth_token`: a JWT, or the session token of a `migration`. `resume`: last sequence held per conversation."""
 
     user_id: Id
     auth_token: Annotated[str, Meta(min_length=1, max_length=4096)]
@@ -203,7 +203,10 @@ class Error(Frame, tag="error", kw_only=True, frozen=True, gc=False):
 
 
 class ReceiptUpdatePayload(msgspec.Struct, kw_only=True, frozen=True, gc=False):
-    """1:1: `user_id` has stored or read everything through the given sequences. Group: all members have; `user_id` came last."""
+    """1:1: `user_id` has stored or read everything through the given sequences.
+
+    Group: all members have; `user_id` came last.
+    """
 
     conversation_id: str
     user_id: str

@@ -1,17 +1,23 @@
-"""The budgets of one connection, and the token bucket that keeps a rate.
+"""The budgets of one connection, the token bucket that keeps a rate, and what a message may hold.
 
 Called by `session.py`; the gateway fills `Limits` from its settings. Time comes in as seconds of a monotonic clock.
 """
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 
 from protocol.codec import MAX_CONTENT_BYTES, MAX_FRAME_BYTES
+from protocol.errors import ErrorCode
+from protocol.models import MessagePayload, MessageType
+
+_MEDIA: Final = frozenset((MessageType.IMAGE, MessageType.VIDEO, MessageType.AUDIO, MessageType.DOCUMENT))
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """Every number a session obeys. Defaults are those of protocol.md; each has a `TRIREME_*` setting in the gateway."""
+    """Every number a session obeys. Defaults as in protocol.md; each has a `TRIREME_*` setting in the gateway."""
 
     max_frame_bytes: int = MAX_FRAME_BYTES
     max_content_bytes: int = MAX_CONTENT_BYTES
@@ -61,3 +67,20 @@ class TokenBucket:
             return 0.0
         self._level = level
         return (1.0 - level) / self._rate
+
+
+def check_message(payload: MessagePayload, limits: Limits) -> tuple[ErrorCode, str] | None:
+    """Why no conversation could take this message, or None."""
+    content = payload.content
+    limit = limits.max_content_bytes
+    if len(content) * 4 > limit and len(content.encode()) > limit:
+        return ErrorCode.TOO_LARGE, f"content is over {limit} bytes"
+    kind = payload.message_type
+    if kind is MessageType.TEXT:
+        if not content:
+            return ErrorCode.VALIDATION_FAILED, "a text message needs content"
+    elif kind is MessageType.SYSTEM:
+        return ErrorCode.FORBIDDEN, "system messages come from the server only"
+    elif kind in _MEDIA and not content and not payload.media_url:
+        return ErrorCode.VALIDATION_FAILED, "a media message needs media_url or content"
+    return None

@@ -18,7 +18,7 @@ Id = Annotated[str, Meta(min_length=1, max_length=64)]
 """An id as a client may name it. Ids the server makes: see `protocol.keys`."""
 IdempotencyKeyText = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"\A[A-Za-z0-9._:-]+\Z")]
 EpochMs = Annotated[int, Meta(ge=0, le=253_402_300_799_999)]
-"""Milliseconds since 1970; the upper end is the last one of the year 9999, the last that a BSON-to-datetime mapping holds."""
+"""Milliseconds since 1970; the upper end is the last one of the year 9999, the last that a `datetime` holds."""
 Sequence = Annotated[int, Meta(ge=1, le=2**53)]
 GROUP_LIMIT = 100
 """Most participants of a group conversation (seed, "Group Chat Support")."""
@@ -104,7 +104,7 @@ class Membership(msgspec.Struct, kw_only=True, frozen=True):
     """One user's stay in one conversation; `_id` is `{conversation_id}:{user_id}`.
 
     `delivered_seq` and `read_seq` are watermarks and only grow. `read_countable` is the number of countable messages
-    up to the read mark, so unread = countable at the head − `read_countable`. `devices` maps a device to the
+    up to the read mark, so unread = countable at the head - `read_countable`. `devices` maps a device to the
     last sequence it acknowledged. Visible to the member: `join_seq` ≤ sequence ≤ `leave_seq`.
     """
 
@@ -121,7 +121,7 @@ class Membership(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class MessagePayload(msgspec.Struct, kw_only=True, frozen=True, gc=False):
-    """What a client sends (seed, "MessagePayload"). `timestamp` is the client's clock in epoch ms: stored, never ordering."""
+    """What a client sends. `timestamp`: the client's clock in epoch ms, stored, never ordering."""
 
     conversation_id: Id
     receiver_id: Annotated[str, Meta(max_length=64)] = ""

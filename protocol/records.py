@@ -58,7 +58,7 @@ class Receipts(Record, tag="r", frozen=True, gc=False):
 
 
 class CreateConversation(Record, tag="c", frozen=True, gc=False):
-    """`instance`/`request` say who waits for the `CommandOutcome`. `command_id` is the idempotency key of its log entry."""
+    """`instance`/`request`: who waits for the `CommandOutcome`. `command_id`: the idempotency key of its log entry."""
 
     instance: str
     request: str
@@ -202,7 +202,7 @@ class OpenAnswer(Record, tag="O", frozen=True, gc=False):
 
 
 class PageAnswer(Record, tag="P", frozen=True, gc=False):
-    """Answer to `PageQuery`: accounts for from..to; `digest` is the one at `to_sequence`; an empty page has an empty frame."""
+    """Answer to `PageQuery`: accounts for from..to; `digest` is the one at `to_sequence`; empty page, empty frame."""
 
     connection: int
     conversation_id: str
@@ -231,7 +231,10 @@ class HeadsAnswer(Record, tag="S", frozen=True, gc=False):
 
 
 class CommandOutcome(Record, tag="C", frozen=True, gc=False):
-    """Answer to a group command for the REST request that waits: `code` None on success; `body` is JSON (the conversation)."""
+    """Answer to a group command for the REST request that waits.
+
+    `code` is None on success; `body` is JSON (the conversation).
+    """
 
     request: str
     code: ErrorCode | None

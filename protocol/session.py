@@ -1,26 +1,59 @@
 """Sans-IO state machine of one client connection. All state of a connection's protocol lives in this file.
 
-Frames and answers go in, commands come out; both transports of the gateway drive the same session. `now` is seconds of a
-monotonic clock, `wall_ms` epoch milliseconds. No method awaits, so each is atomic.
+Frames and answers go in, commands (`commands.py`) come out; both transports of the gateway drive the same session.
+`now` is seconds of a monotonic clock, `wall_ms` epoch milliseconds. No method awaits, so each is atomic.
 
-What a session keeps for delivery is one cursor per conversation: the last sequence handed to this connection. A delivery that
-continues the cursor is sent; one that does not (a gap, a lagging socket, a backlog under way) is dropped and the conversation is
-put into `behind`, from where pages of the log are asked one at a time, round-robin, until the cursor has caught up. So nothing is
-buffered here, whatever a client does.
+What a session keeps for delivery is one cursor per conversation: the last sequence handed to this connection. A
+delivery that continues the cursor is sent; one that does not (a gap, a lagging socket, a backlog under way) is dropped
+and the conversation is put into `behind`, from where pages of the log are asked one at a time, round-robin, until the
+cursor has caught up. So nothing is buffered here, whatever a client does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from enum import Enum
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from protocol import frames, records
+from protocol.commands import (
+    PING,
+    Acknowledge,
+    Ask,
+    Attach,
+    Close,
+    Command,
+    Ping,
+    Publish,
+    Send,
+    SendEncoded,
+    Verify,
+    send_error,
+)
 from protocol.errors import AuthErrorCode, CloseCode, ErrorCode, LocalProtocolError, RemoteProtocolError
-from protocol.limits import Limits, TokenBucket
-from protocol.models import MessageType
+from protocol.limits import Limits, TokenBucket, check_message
+
+if TYPE_CHECKING:
+    from protocol.models import MessagePayload
+
+__all__ = [
+    "PING",
+    "TRANSITIONS",
+    "Acknowledge",
+    "Ask",
+    "Attach",
+    "Close",
+    "Command",
+    "Ping",
+    "Publish",
+    "Send",
+    "SendEncoded",
+    "Session",
+    "State",
+    "Verify",
+]
 
 
 class State(Enum):
@@ -29,65 +62,6 @@ class State(Enum):
     """Token accepted; waiting for a worker to say where the user's conversations stand."""
     LIVE = "live"
     CLOSED = "closed"
-
-
-class Send(msgspec.Struct, frozen=True, gc=False):
-    """Encode this frame in the connection's codec and write it."""
-
-    frame: frames.ServerFrame
-
-
-class SendEncoded(msgspec.Struct, frozen=True, gc=False):
-    """Write a worker's JSON frame (transcoded for a MessagePack connection)."""
-
-    frame: bytes
-
-
-class Ping(msgspec.Struct, frozen=True, gc=False):
-    """Send a WebSocket ping."""
-
-
-class Verify(msgspec.Struct, frozen=True, gc=False):
-    """Check this token, then call `admit` or `refuse`."""
-
-    payload: frames.AuthPayload
-
-
-class Attach(msgspec.Struct, frozen=True, gc=False):
-    """Register this connection for its user and device, before the `Ask` that follows is published."""
-
-    user_id: str
-    device_id: str
-
-
-class Publish(msgspec.Struct, frozen=True, gc=False):
-    """Append this message to its shard; on failure call `publish_failed`."""
-
-    record: records.SendMessage
-
-
-class Acknowledge(msgspec.Struct, frozen=True, gc=False):
-    """Hand this receipt to the shard of its messages; may be collected for a few milliseconds."""
-
-    mark: records.DeliveredMark | records.ReadMark
-
-
-class Ask(msgspec.Struct, frozen=True, gc=False):
-    """Publish this query."""
-
-    query: records.Query
-
-
-class Close(msgspec.Struct, frozen=True, gc=False):
-    """Close the WebSocket; nothing follows."""
-
-    code: CloseCode
-
-
-Command = Send | SendEncoded | Ping | Verify | Attach | Publish | Acknowledge | Ask | Close
-
-PING: Final = Ping()
-_MEDIA: Final = frozenset((MessageType.IMAGE, MessageType.VIDEO, MessageType.AUDIO, MessageType.DOCUMENT))
 
 
 class _Sync:
@@ -203,7 +177,7 @@ class Session:
         if self._bad_count > self._limits.protocol_errors:
             return self._close(CloseCode.BAD_FRAME)
         return [
-            _error(
+            send_error(
                 error.code,
                 error.message,
                 client_message_id=error.client_message_id,
@@ -224,7 +198,7 @@ class Session:
             if code is ErrorCode.RATE_LIMITED and self._too_many_rate_errors(now):
                 return self._close(CloseCode.RATE)
             return [
-                _error(
+                send_error(
                     code,
                     reason,
                     client_message_id=frame.client_message_id,
@@ -257,25 +231,14 @@ class Session:
             )
         ]
 
-    def _check_message(self, payload: frames.MessagePayload, now: float) -> tuple[ErrorCode, str, int | None] | None:
+    def _check_message(self, payload: MessagePayload, now: float) -> tuple[ErrorCode, str, int | None] | None:
         """Why this message is refused before it goes anywhere, or None. A refused key is not consumed."""
         if self._messages is not None:
             wait = self._messages.take(now)
             if wait > 0.0:
                 return ErrorCode.RATE_LIMITED, "too many messages", int(wait * 1000) + 1
-        content = payload.content
-        limit = self._limits.max_content_bytes
-        if len(content) * 4 > limit and len(content.encode()) > limit:
-            return ErrorCode.TOO_LARGE, f"content is over {limit} bytes", None
-        kind = payload.message_type
-        if kind is MessageType.TEXT:
-            if not content:
-                return ErrorCode.VALIDATION_FAILED, "a text message needs content", None
-        elif kind is MessageType.SYSTEM:
-            return ErrorCode.FORBIDDEN, "system messages come from the server only", None
-        elif kind in _MEDIA and not content and not payload.media_url:
-            return ErrorCode.VALIDATION_FAILED, "a media message needs media_url or content", None
-        return None
+        refusal = check_message(payload, self._limits)
+        return None if refusal is None else (*refusal, None)
 
     def _too_many_rate_errors(self, now: float) -> bool:
         if now - self._rate_since > self._limits.error_window_seconds:
@@ -297,7 +260,7 @@ class Session:
     def _on_retransmit(self, frame: frames.Retransmit, now: float, wall_ms: int) -> list[Command]:
         if frame.to_sequence < frame.from_sequence:
             return [
-                _error(
+                send_error(
                     ErrorCode.VALIDATION_FAILED,
                     "to_sequence is before from_sequence",
                     conversation_id=frame.conversation_id,
@@ -343,7 +306,7 @@ class Session:
             if self._too_many_rate_errors(now):
                 return self._close(CloseCode.RATE)
             return [
-                _error(
+                send_error(
                     ErrorCode.RATE_LIMITED,
                     f"too many {tag} requests",
                     conversation_id=conversation_id,
@@ -367,7 +330,7 @@ class Session:
         bucket: TokenBucket | None,
         now: float,
     ) -> list[Command]:
-        """The token is good until `expires_at` (monotonic). `bucket` is the user's message rate, shared by its devices."""
+        """The token is good until `expires_at` (monotonic). `bucket`: the user's message rate, for all its devices."""
         if self.state is State.CLOSED:
             return []
         self._expires_at = expires_at
@@ -376,7 +339,7 @@ class Session:
         if self.state is State.LIVE:
             if user_id != self.user_id or device_id != self.device_id:
                 return [
-                    _error(ErrorCode.FORBIDDEN, "this connection belongs to another user or device"),
+                    send_error(ErrorCode.FORBIDDEN, "this connection belongs to another user or device"),
                     *self._close(CloseCode.AUTH),
                 ]
             return [Ask(self._open_query(self._resume or dict(self.cursors or {})))]
@@ -443,9 +406,9 @@ class Session:
         )
 
     def deliver(self, conversation_id: str, from_sequence: int, to_sequence: int) -> bool:
-        """May the live frame that holds from..to be written now? False also marks the conversation as behind where it is.
+        """May the live frame that holds from..to be written now?
 
-        On False the caller calls `pump`.
+        False also marks the conversation as behind where it is; the caller then calls `pump`.
         """
         cursors = self.cursors
         if cursors is None:
@@ -528,9 +491,7 @@ class Session:
         return [
             Send(
                 frames.SyncComplete(
-                    payload=frames.SyncCompletePayload(
-                        heads=sync.heads, unread_count=sync.unread, server_time=wall_ms
-                    )
+                    payload=frames.SyncCompletePayload(heads=sync.heads, unread_count=sync.unread, server_time=wall_ms)
                 )
             )
         ]
@@ -549,7 +510,7 @@ class Session:
             return []
         self.outcome(idempotency_key)
         return [
-            _error(
+            send_error(
                 code,
                 "not stored; send the same key again",
                 client_message_id=pending[1] or None,
@@ -564,7 +525,7 @@ class Session:
         """The same user and device connected again: the newest wins."""
         if self.state is State.CLOSED:
             return []
-        return [_error(ErrorCode.REPLACED, "this device connected again"), *self._close(CloseCode.REPLACED)]
+        return [send_error(ErrorCode.REPLACED, "this device connected again"), *self._close(CloseCode.REPLACED)]
 
     def close(self, code: CloseCode) -> list[Command]:
         """The server ends this connection (drain, slow consumer)."""
@@ -621,7 +582,9 @@ class Session:
     def _shut(self, error: AuthErrorCode, code: CloseCode, retry_after_ms: int | None = None) -> list[Command]:
         if self.state is State.CLOSED:
             return []
-        frame = frames.AuthError(error=error, retry_after_ms=msgspec.UNSET if retry_after_ms is None else retry_after_ms)
+        frame = frames.AuthError(
+            error=error, retry_after_ms=msgspec.UNSET if retry_after_ms is None else retry_after_ms
+        )
         return [Send(frame), *self._close(code)]
 
     def _close(self, code: CloseCode) -> list[Command]:
@@ -629,29 +592,6 @@ class Session:
             return []
         self._enter(State.CLOSED)
         return [Close(code)]
-
-
-def _error(
-    code: ErrorCode,
-    message: str,
-    *,
-    client_message_id: str | None = None,
-    idempotency_key: str | None = None,
-    conversation_id: str | None = None,
-    retry_after_ms: int | None = None,
-    in_reply_to: str | None = None,
-) -> Send:
-    return Send(
-        frames.error_frame(
-            code,
-            message,
-            client_message_id=client_message_id,
-            idempotency_key=idempotency_key,
-            conversation_id=conversation_id,
-            retry_after_ms=retry_after_ms,
-            in_reply_to=in_reply_to,
-        )
-    )
 
 
 _Handler = Callable[..., list[Command]]

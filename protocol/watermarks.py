@@ -6,10 +6,13 @@ the greatest position a reader has confirmed, and only grows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from hashlib import blake2b
+from typing import TYPE_CHECKING
 
 from protocol.models import MessageStatus
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 DIGEST_BYTES = 16
 NO_DIGEST = bytes(DIGEST_BYTES)
@@ -17,7 +20,7 @@ NO_DIGEST = bytes(DIGEST_BYTES)
 
 
 def message_status(sequence: int, marks: Iterable[tuple[int, int]]) -> MessageStatus:
-    """Status of a message = function of the (delivered, read) watermarks of those, other than its sender, who could see it.
+    """Status of a message from the (delivered, read) watermarks of those, other than its sender, who could see it.
 
     In a group all of them must have reached it. Nobody else there: sent.
     """

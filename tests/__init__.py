@@ -1,0 +1,1 @@
+"""Every test. Mirrors the code file by file; `system` drives real processes."""

@@ -1,0 +1,1 @@
+"""The yard: client session, ledger."""

@@ -1,0 +1,1 @@
+"""The language: pure tests, no I/O."""

@@ -1,0 +1,1 @@
+"""The whole system as real processes; tests named after the contract sentences of the protocol."""

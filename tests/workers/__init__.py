@@ -1,0 +1,1 @@
+"""The workers, on a real Valkey and a real mongod."""
