@@ -1,0 +1,44 @@
+"""Every metric of the workers, units as suffixes, closed label sets, never an id as label.
+
+Imported by the roles; `serve` opens the optional port of a worker process, the REST role shows the same registry at
+`/metrics`.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from prometheus_client import Counter, Gauge, Histogram, start_http_server
+
+_READ_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+
+# --- query role ------------------------------------------------------------------------------------------------------
+
+QUERIES: Final = Counter("trireme_queries_total", "Reads answered for gateways", ["kind", "outcome"])
+QUERY_SECONDS: Final = Histogram(
+    "trireme_query_seconds", "From a query's decoding to its answer in hand", ["kind"], buckets=_READ_BUCKETS
+)
+QUERIES_UNDER_WAY: Final = Gauge("trireme_queries_under_way", "Reads for gateways at work now")
+
+# --- REST role -------------------------------------------------------------------------------------------------------
+
+REST_REQUESTS: Final = Counter("trireme_rest_requests_total", "HTTP requests answered", ["method", "status"])
+REST_SECONDS: Final = Histogram(
+    "trireme_rest_request_seconds",
+    "From the request's head to the end of its answer",
+    ["method"],
+    buckets=_READ_BUCKETS,
+)
+REST_WAITING: Final = Gauge("trireme_rest_commands_waiting", "HTTP requests waiting for a shard owner")
+
+
+class PortTaken(Exception):
+    """The metrics port cannot be opened; one line."""
+
+
+def serve(port: int) -> None:
+    """Serve the registry on a port of the loopback interface, from a thread of the library. Raises PortTaken."""
+    try:
+        start_http_server(port, addr="127.0.0.1")
+    except OSError as error:
+        raise PortTaken(f"TRIREME_WORKER_METRICS_PORT {port} cannot be opened: {error.strerror}") from error
