@@ -1,0 +1,309 @@
+"""The lean load driver: `python -m bench.driver`, picows on uvloop, many connections in one process.
+
+Started by `load` and `gateway_cost`, which write one command per line (JSON) to its standard input and read one answer per line
+from its standard output, and may read its CPU time between the two. Checks every message (`tally`). It never retries: a
+refused message is a violation, since the bench sets the limits out of the way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import secrets
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import anyio.to_thread
+import msgspec
+import picows
+
+from bench import templates
+from bench.echo import EchoConnect, EchoLoad, EchoRun
+from bench.phases import Closed, Paced, Phase, PhaseCommand, Rounds, Settle
+from bench.tally import COUNTS, MARK_DIGITS, NO_MARK, Log, Reader, Violations, check_all
+from protocol import frames
+from protocol.codec import FRAME_CODECS, FrameCodec
+from protocol.models import SYSTEM_SENDER
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+CONNECTING_AT_ONCE = 64
+"""Handshakes under way at a time: below every server's accept backlog."""
+READ_BUFFER_BYTES = 4096
+"""picows' own default of 16 KiB would cost 160 MB at 10,000 connections."""
+
+
+class Member(msgspec.Struct):
+    """One connection to make: a user with a device in the conversation with this place in `Connect.conversations`."""
+
+    conversation: int
+    user_id: str
+    device_id: str
+    token: str
+    receiver_id: str
+    sends: bool
+
+
+class Connect(msgspec.Struct, tag="connect", tag_field="do"):
+    """Connect and authenticate all members, more of them each time it is given; answers when every backlog has come."""
+
+    url: str
+    subprotocol: str
+    conversations: list[str]
+    members: list[Member]
+    content_bytes: int = 120
+    ack_every: int = 20
+    ack_after_seconds: float = 0.2
+    timeout_seconds: float = 60.0
+
+
+class Check(msgspec.Struct, tag="check", tag_field="do"):
+    """The final verdict over everything since the first `connect`."""
+
+
+class Quit(msgspec.Struct, tag="quit", tag_field="do"):
+    """Close all connections and end."""
+
+
+Command = Connect | Closed | Paced | Rounds | Settle | Check | Quit | EchoConnect | EchoRun
+
+
+class Connection(picows.WSListener):  # type: ignore[misc]
+    """One member's connection: authenticates, then checks all that comes and acknowledges what is delivered."""
+
+    def __init__(self, load: Load, reader: Reader, member: Member, command: Connect, codec: FrameCodec) -> None:
+        super().__init__()
+        self.reader = reader
+        self.sends = member.sends
+        self.in_flight = 0
+        self.transport: Any = None
+        self._load = load
+        self._member = member
+        self._codec = codec
+        self._kind = picows.WSMsgType.BINARY if codec.binary else picows.WSMsgType.TEXT
+        self._decode = templates.lean_decoder(codec)
+        now_ms = _wall_ms()
+        self._message = templates.message_template(
+            codec, reader.log.conversation_id, member.receiver_id, command.content_bytes, load.run, now_ms
+        )
+        self._delivery_ack = templates.delivery_ack_template(codec, now_ms)
+        self._heartbeat = codec.encode(frames.Heartbeat(timestamp=now_ms))
+        self._ack_every = command.ack_every
+        self._ack_after_seconds = command.ack_after_seconds
+        self._unacked = 0
+        self._newest_id = ""
+        self._timer: Any = None
+        self._first_mark = reader.index * COUNTS
+
+    # --- out ---------------------------------------------------------------------------------------------------------
+
+    def on_ws_connected(self, transport: picows.WSTransport) -> None:
+        self.transport = transport
+        member = self._member
+        payload = frames.AuthPayload(
+            user_id=member.user_id,
+            auth_token=member.token,
+            device_id=member.device_id,
+            platform="bench",
+            app_version="1",
+        )
+        self._send(self._codec.encode(frames.Auth(payload=payload)))
+
+    def _send(self, frame: bytes) -> None:
+        self.transport.send(self._kind, frame)
+
+    def send_message(self, intended: float) -> None:
+        """Send the next message of this member, due at `intended` (monotonic seconds)."""
+        mark = self._first_mark + self.reader.sends(intended)
+        self.in_flight += 1
+        self.transport.send(self._kind, self._message(b"%0*d" % (MARK_DIGITS, mark)))
+
+    def send_heartbeat(self) -> None:
+        self._send(self._heartbeat)
+
+    def _acknowledge(self) -> None:
+        self._unacked = 0
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self.transport.send(self._kind, self._delivery_ack(self._newest_id.encode()))
+
+    # --- in ----------------------------------------------------------------------------------------------------------
+
+    def on_ws_frame(self, transport: picows.WSTransport, frame: picows.WSFrame) -> None:
+        if frame.msg_type == picows.WSMsgType.CLOSE:
+            self._load.violations.add("closed", f"member {self.reader.index}: {frame.get_close_code()}")
+            transport.disconnect()
+            return
+        got = self._decode(frame.get_payload_as_memoryview())
+        if isinstance(got, templates.Ack):
+            self._on_ack(got)
+        elif isinstance(got, templates.Messages):
+            self._on_messages(got.payload.messages)
+        elif isinstance(got, templates.Receipt):
+            self._on_receipt(got.payload)
+        else:
+            self._on_rare(got)
+
+    def _on_ack(self, got: templates.Ack) -> None:
+        payload = got.payload
+        count = self.reader.ack(int(got.client_message_id), payload.sequence_number, payload.message_id)
+        if count is not None:
+            self.in_flight -= 1
+            self._load.phase.acked(self, count)
+
+    def _on_messages(self, rows: list[templates.Row]) -> None:
+        reader = self.reader
+        phase = self._load.phase
+        for row in rows:
+            mark = NO_MARK if row.sender_id == SYSTEM_SENDER else int(row.content[:MARK_DIGITS])
+            if reader.saw(row.sequence_number, row.message_id, mark) and mark != NO_MARK:
+                member, count = divmod(mark, COUNTS)
+                if member == reader.index:
+                    continue
+                phase.delivered(member, count)
+                self._unacked += 1
+                self._newest_id = row.message_id
+                if self._unacked >= self._ack_every:
+                    self._acknowledge()
+        if self._unacked and self._timer is None:
+            self._timer = self._load.call_later(self._ack_after_seconds, self._acknowledge)
+
+    def _on_receipt(self, payload: templates.ReceiptPayload) -> None:
+        covered = self.reader.receipt(payload.delivered_through, payload.read_through)
+        if covered:
+            self._load.phase.receipted(self, covered)
+
+    def _on_rare(self, got: templates.LeanFrame) -> None:
+        load = self._load
+        if isinstance(got, templates.SyncComplete):
+            load.one_ready()
+        elif isinstance(got, templates.HeartbeatAck):
+            load.phase.heartbeat()
+        elif isinstance(got, templates.AuthError):
+            load.violations.add("refused", f"member {self.reader.index} auth: {got.error}")
+        elif isinstance(got, templates.Error):
+            payload = got.payload
+            load.violations.add("refused", f"member {self.reader.index}: {payload.code}: {payload.message}")
+            load.phase.fail()
+
+    def on_ws_disconnected(self, transport: picows.WSTransport) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if not self._load.closing:
+            self._load.violations.add("closed", f"member {self.reader.index} lost its connection")
+            self._load.phase.fail()
+
+
+class Load:
+    """All connections of this process and the phase that is under way."""
+
+    def __init__(self, call_later: Callable[..., Any]) -> None:
+        self.call_later = call_later
+        self.run = secrets.token_hex(6)
+        self.violations = Violations()
+        self.connections: list[Connection] = []
+        self.closing = False
+        self.phase = Phase(self, 0)
+        self._logs: dict[str, Log] = {}
+        self._waiting = 0
+        self._ready = anyio.Event()
+
+    def one_ready(self) -> None:
+        """A connection has its backlog."""
+        self._waiting -= 1
+        if self._waiting == 0:
+            self._ready.set()
+
+    async def connect(self, command: Connect) -> dict[str, Any]:
+        codec = FRAME_CODECS[command.subprotocol]
+        self._waiting = len(command.members)
+        self._ready = anyio.Event()
+        limiter = anyio.CapacityLimiter(CONNECTING_AT_ONCE)
+        began = time.perf_counter()
+        with anyio.move_on_after(command.timeout_seconds):
+            async with anyio.create_task_group() as tasks:
+                for member in command.members:
+                    conversation_id = command.conversations[member.conversation]
+                    log = self._logs.setdefault(conversation_id, Log(conversation_id, self.violations))
+                    reader = Reader(len(self.connections), log, self.violations)
+                    connection = Connection(self, reader, member, command, codec)
+                    self.connections.append(connection)
+                    tasks.start_soon(_open, connection, command, limiter)
+            await self._ready.wait()
+        gc.collect()
+        gc.freeze()
+        return {"connected": len(command.members) - self._waiting, "seconds": time.perf_counter() - began}
+
+    async def run_phase(self, command: PhaseCommand) -> dict[str, Any]:
+        """Drive one phase to its end or its deadline."""
+        phase = self.phase = command.phase(self, self.phase)
+        phase.start()
+        with anyio.move_on_after(command.timeout_seconds):
+            await phase.over.wait()
+        return phase.result()
+
+    def check(self) -> dict[str, Any]:
+        if not self.violations.count:
+            check_all(self._logs.values(), [connection.reader for connection in self.connections], self.violations)
+        return {"violations": self.violations.listed(), "count": self.violations.count}
+
+    def close(self) -> None:
+        self.closing = True
+        for connection in self.connections:
+            if connection.transport is not None:
+                connection.transport.disconnect(False)
+
+
+async def _open(connection: Connection, command: Connect, limiter: anyio.CapacityLimiter) -> None:
+    async with limiter:
+        await picows.ws_connect(
+            lambda: connection,
+            command.url,
+            extra_headers={"Sec-WebSocket-Protocol": command.subprotocol},
+            read_buffer_init_size=READ_BUFFER_BYTES,
+            websocket_handshake_timeout=command.timeout_seconds,
+        )
+
+
+def _wall_ms() -> int:
+    """The one place where this process reads the wall clock."""
+    return time.time_ns() // 1_000_000
+
+
+# --- commands in, answers out ----------------------------------------------------------------------------------------
+
+_decode_command = msgspec.json.Decoder(Command).decode
+
+
+async def main() -> None:
+    """Serve commands until `quit` or the end of the input."""
+    load = Load(asyncio.get_running_loop().call_later)
+    echo = EchoLoad()
+    while True:
+        line = await anyio.to_thread.run_sync(sys.stdin.buffer.readline)
+        command = _decode_command(line) if line.strip() else Quit()
+        match command:
+            case Connect():
+                answer = await load.connect(command)
+            case EchoConnect():
+                answer = await echo.connect(command)
+            case EchoRun():
+                answer = await echo.run(command)
+            case Check():
+                answer = load.check()
+            case Quit():
+                load.close()
+                echo.close()
+                return
+            case _:
+                answer = await load.run_phase(command)
+        sys.stdout.buffer.write(msgspec.json.encode(answer) + b"\n")
+        sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    anyio.run(main, backend_options={"use_uvloop": True})
