@@ -1,8 +1,8 @@
 """The lean load driver: `python -m bench.driver`, picows on uvloop, many connections in one process.
 
-Started by `load` and `gateway_cost`, which write one command per line (JSON) to its standard input and read one answer per line
-from its standard output, and may read its CPU time between the two. Checks every message (`tally`). It never retries: a
-refused message is a violation, since the bench sets the limits out of the way.
+Started by `load` and `gateway_cost`, which write one command per line (JSON) to its standard input, read one answer per
+line from its standard output, and may read its CPU time between the two. Checks every message (`tally`). It never
+retries: a refused message is a violation, since the bench sets the limits out of the way.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Quit(msgspec.Struct, tag="quit", tag_field="do"):
 Command = Connect | Closed | Paced | Rounds | Settle | Check | Quit | EchoConnect | EchoRun
 
 
-class Connection(picows.WSListener):  # type: ignore[misc]
+class Connection(picows.WSListener):
     """One member's connection: authenticates, then checks all that comes and acknowledges what is delivered."""
 
     def __init__(self, load: Load, reader: Reader, member: Member, command: Connect, codec: FrameCodec) -> None:

@@ -1,6 +1,6 @@
 """The load driver as its parent sees it: a child process that takes one command and gives one answer at a time.
 
-Called by `load`, `group_load`, `gateway_cost`. The child's standard error is the parent's, so that what it says is seen.
+Called by the load benches. The child's standard error is the parent's, so that what it says is seen.
 """
 
 from __future__ import annotations

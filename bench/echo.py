@@ -33,7 +33,7 @@ class EchoRun(msgspec.Struct, tag="echo", tag_field="do"):
     timeout_seconds: float
 
 
-class EchoConnection(picows.WSListener):  # type: ignore[misc]
+class EchoConnection(picows.WSListener):
     """Sends its message again whenever the echo comes."""
 
     def __init__(self, load: EchoLoad) -> None:

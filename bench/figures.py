@@ -1,6 +1,6 @@
 """What a load bench reports: latencies, CPU per role from the operating system's accounting, one table, one JSON file.
 
-Called by `load`, `gateway_cost` and `driver`. Holds no opinion on how the load was made; never starts or stops anything.
+Called by the load benches and the driver. Holds no opinion on how the load was made; never starts or stops anything.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Latencies:
 
 
 def nearest_rank(ordered: Sequence[float], quantile: float) -> float:
-    """The smallest sample that at least `quantile` of all samples do not exceed. Raises IndexError when there is none."""
+    """The smallest sample that at least `quantile` of all do not exceed. Raises IndexError when there is none."""
     rank = -int(-quantile * len(ordered) // 1)
     return ordered[max(rank, 1) - 1]
 
@@ -104,7 +104,7 @@ SERVER_ROLES = ("gateway", "worker", "valkey", "mongod", "rest")
 
 
 def cpu_us_per_message(used_seconds: Mapping[str, float], messages: int) -> dict[str, float]:
-    """Microseconds per message: `total` over the server roles, each role, and the load generator's `driver` beside it."""
+    """Microseconds per message: `total` over the server roles, each role, and the load generator's `driver` beside."""
     figures = {role: round(seconds * 1e6 / messages, 1) for role, seconds in used_seconds.items()}
     total = sum(used_seconds.get(role, 0.0) for role in SERVER_ROLES)
     return {"total": round(total * 1e6 / messages, 1), **figures}

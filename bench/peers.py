@@ -1,12 +1,13 @@
 """Bare WebSocket echo servers to measure against: `python -m bench.peers trio-websocket|websockets|picows`.
 
-Each runs alone in its own process, does nothing but echo, and prints `ready PORT` when it listens. Called by `gateway_cost`; the
-configuration is what a careful user of each library would choose: no compression, no keepalive pings, one process.
+Each runs alone in its own process, does nothing but echo, and prints `ready PORT` when it listens. Called by
+`gateway_cost`; the configuration is what a careful user of each library would choose: no compression, no pings.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import socket
 import sys
 from functools import partial
@@ -106,10 +107,8 @@ PEERS: dict[str, Callable[[], object]] = {
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__)
     parser.add_argument("peer", choices=PEERS)
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         PEERS[parser.parse_args(arguments).peer]()
-    except KeyboardInterrupt:
-        pass
     return 0
 
 

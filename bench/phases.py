@@ -1,8 +1,8 @@
 """How load is applied: the phases of the load driver.
 
-`Closed` keeps a window of unacknowledged messages per sender, `Paced` sends by the clock whatever comes back, `Rounds` fills a
-gateway whose workers stand still, `Settle` waits for what such rounds left open. A phase counts what is missing and sets `over`
-when nothing is.
+`Closed` keeps a window of unacknowledged messages per sender, `Paced` sends by the clock whatever comes back, `Rounds`
+fills a gateway whose workers stand still, `Settle` waits for what such rounds left open. A phase counts what is missing
+and sets `over` when nothing is.
 """
 
 from __future__ import annotations

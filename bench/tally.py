@@ -1,8 +1,8 @@
 """The load driver's compact ledger: every message checked, at a few list operations each.
 
-`driver` tells it what each connection saw; it says what was lost, doubled, out of order, contradicted or went backwards. A
-*mark* is the number a message carries at the front of its content and as its client_message_id: member × 10^8 + count.
-Never does I/O.
+`driver` tells it what each connection saw; it says what was lost, doubled, out of order, contradicted or went backwards.
+A *mark* is the number a message carries at the front of its content and as its client_message_id: member × 10^8 +
+count. Never does I/O.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Violations:
         self._shown: list[str] = []
 
     def add(self, kind: str, detail: str) -> None:
-        """`kind`: lost, doubled, out of order, ack contradicted, receipt backwards, refused, closed, unexpected frame."""
+        """`kind`: lost, doubled, out of order, ack contradicted, receipt backwards, refused, closed, unexpected."""
         self.count += 1
         if len(self._shown) < SHOWN_VIOLATIONS:
             self._shown.append(f"{kind}: {detail}")
@@ -41,7 +41,7 @@ class Violations:
 
 
 class Log:
-    """One conversation as its connections saw it. Whoever sees a position first writes it down; all others must agree."""
+    """One conversation as its connections saw it. Who sees a position first writes it down; all others must agree."""
 
     __slots__ = ("_violations", "conversation_id", "ids", "marks")
 
@@ -187,7 +187,7 @@ def check_logs(logs: Iterable[Log], readers: list[Reader], violations: Violation
                 member, count = divmod(mark, COUNTS)
                 acked = readers[member].acked if member < len(readers) else ()
                 if count >= len(acked):
-                    violations.add("unexpected frame", f"{log.conversation_id} sequence {sequence} was never sent")
+                    violations.add("unexpected", f"{log.conversation_id} sequence {sequence} was never sent")
                 elif acked[count] not in (0, sequence):
                     violations.add(
                         "doubled", f"{log.conversation_id} message {mark} stands at {acked[count]} and {sequence}"

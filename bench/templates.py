@@ -1,4 +1,4 @@
-"""The load driver's frames: what it sends is cut from templates, what it receives is decoded only as far as it is checked.
+"""The load driver's frames: what it sends is cut from templates, what it receives is decoded as far as it is checked.
 
 Called by `driver`. Both codecs go the same way: a frame is encoded once with a placeholder of the final length, and the
 placeholder is replaced by joining the pieces around it, which is one call in C per message.
