@@ -25,7 +25,8 @@ import structlog
 from workers import metrics
 from workers.broker import Broker, BrokerUnavailable, open_broker
 from workers.settings import SettingError, Settings, load_settings
-from workers.store import Store, StoreUnavailable, StoreUnfit, open_store
+from workers.store import Store, StoreUnfit, open_store
+from workers.store.errors import StoreUnavailable
 
 Role = Callable[[Settings, Store, Broker, anyio.Event], Coroutine[Any, Any, None]]
 

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 from bson.codec_options import CodecOptions
-from pymongo import ASCENDING, DESCENDING, AsyncMongoClient, IndexModel
+from pymongo import AsyncMongoClient
 from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.asynchronous.database import AsyncDatabase
 from pymongo.errors import (
     AutoReconnect,
+    CollectionInvalid,
     ConfigurationError,
     NetworkTimeout,
     NotPrimaryError,
@@ -26,6 +27,16 @@ from pymongo.errors import (
 )
 from pymongo.read_concern import ReadConcern
 from pymongo.write_concern import WriteConcern
+
+from workers.store.conversations import ConversationStore
+from workers.store.errors import StoreUnavailable, store_errors
+from workers.store.heads import HeadReader
+from workers.store.indexes import PLAIN_COLLECTIONS, index_models
+from workers.store.logs import LogReader
+from workers.store.marks import MarkStore
+from workers.store.messages import MessageStore
+from workers.store.overviews import OverviewReader
+from workers.store.users import UserStore
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -38,24 +49,12 @@ Collection = AsyncCollection[Document]
 DEFAULT_DATABASE: Final = "trireme"
 WRITE_CONCERN: Final = WriteConcern("majority", j=True, wtimeout=5000)
 READ_CONCERN: Final = ReadConcern("majority")
-DAY_SECONDS: Final = 86_400
-SYSTEM_INDEX: Final = "system_messages"
-"""Partial index over a group's system messages: its state is the fold of them."""
-SCOPED_KEY_INDEX: Final = "scoped_idempotency_key"
-SEQUENCE_INDEX: Final = "conversation_sequence"
-
-StoreError = PyMongoError
-"""Whatever the driver raises. Callers outside this package catch this name, never the driver's."""
 
 _CONNECT_MS: Final = 2000
 _SOCKET_MS: Final = 12_000
 """Above the write concern's 5 s and one retry, so that the server's answer is preferred to our giving up."""
 
 log = structlog.get_logger(__name__)
-
-
-class StoreUnavailable(Exception):
-    """No primary answers (yet): worth another try."""
 
 
 class StoreUnfit(Exception):
@@ -74,10 +73,18 @@ class Store:
             read_concern=READ_CONCERN,
         )
         self.retention_days = retention_days
+        self.messages = MessageStore(self.db)
+        self.conversations = ConversationStore(self.db)
+        self.marks = MarkStore(self.db)
+        self.users = UserStore(self.db)
+        self.heads = HeadReader(client, self.db)
+        self.logs = LogReader(self.db)
+        self.overviews = OverviewReader(client, self.db)
 
     async def ping(self) -> None:
-        """Round trip to a writable primary. Raises StoreError."""
-        await self.client.admin.command("ping")
+        """Round trip to the primary. Raises StoreUnavailable."""
+        with store_errors():
+            await self.client.admin.command("ping")
 
     async def check_server(self) -> None:
         """Raises StoreUnavailable without a primary, StoreUnfit when the server is no member of a replica set."""
@@ -95,57 +102,16 @@ class Store:
             raise StoreUnavailable("the replica set has no primary yet")
 
     async def ensure_indexes(self) -> None:
-        """Create every index of design.md section 6. Raises StoreError."""
+        """Create every collection, and every index of design.md section 6. Idempotent. Raises the driver's errors."""
+        present = set(await self.db.list_collection_names())
+        for name in PLAIN_COLLECTIONS:
+            if name not in present:
+                try:
+                    await self.db.create_collection(name)
+                except CollectionInvalid:
+                    log.debug("collection_made_elsewhere", name=name)
         for name, indexes in index_models(self.retention_days).items():
             await self.db[name].create_indexes(indexes)
-
-
-def index_models(retention_days: int) -> dict[str, list[IndexModel]]:
-    """Collection → its indexes. `_id` is the seed's id everywhere, so no index repeats it (design.md section 6.1)."""
-    return {
-        "messages": [
-            IndexModel(
-                [("conversation_id", ASCENDING), ("sequence_number", ASCENDING)], name=SEQUENCE_INDEX, unique=True
-            ),
-            IndexModel(
-                [("conversation_id", ASCENDING), ("sender_id", ASCENDING), ("idempotency_key", ASCENDING)],
-                name=SCOPED_KEY_INDEX,
-                unique=True,
-            ),
-            IndexModel([("conversation_id", ASCENDING), ("timestamp", DESCENDING)], name="conversation_timestamp"),
-            IndexModel([("created_at", ASCENDING)], name="retention", expireAfterSeconds=retention_days * DAY_SECONDS),
-            IndexModel(
-                [("conversation_id", ASCENDING), ("sequence_number", ASCENDING)],
-                name=SYSTEM_INDEX,
-                partialFilterExpression={"type": "system"},
-            ),
-        ],
-        "conversations": [
-            IndexModel([("user_id", ASCENDING), ("agent_id", ASCENDING)], name="user_agent"),
-        ],
-        "memberships": [
-            IndexModel([("user_id", ASCENDING), ("conversation_id", ASCENDING)], name="user_conversation"),
-            IndexModel([("conversation_id", ASCENDING)], name="conversation"),
-        ],
-        "users": [
-            IndexModel(
-                [(field, ASCENDING)],
-                name=f"unique_{field}",
-                unique=True,
-                partialFilterExpression={field: {"$type": "string"}},
-            )
-            for field in ("phone", "email")
-        ],
-        "idempotency_keys": [
-            IndexModel([("created_at", ASCENDING)], name="retention", expireAfterSeconds=DAY_SECONDS),
-        ],
-        "dead_letter_queue": [
-            IndexModel([("status", ASCENDING), ("next_retry_at", ASCENDING)], name="status_next_retry"),
-            IndexModel([("created_at", DESCENDING)], name="newest"),
-            IndexModel([("message._id", ASCENDING)], name="message"),
-            IndexModel([("expires_at", ASCENDING)], name="retention", expireAfterSeconds=0),
-        ],
-    }
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,155 @@
+"""Where a user's conversations stand: the reads behind `auth_success`, `sync`, conversation lists and the sweep.
+
+Called by the query and REST roles. A constant number of round trips however many conversations, and all of them at one
+snapshot of what a majority holds: marks, flush positions and heads read at different times would disagree, and an own
+message would count as unread.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from protocol import watermarks
+from protocol.records import OpenHead, UserHead
+from workers.store.conversations import escape_device, heads_pipeline
+from workers.store.errors import store_errors
+from workers.store.indexes import SEQUENCE_INDEX
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from contextlib import AbstractAsyncContextManager
+
+    from pymongo import AsyncMongoClient
+    from pymongo.asynchronous.client_session import AsyncClientSession
+    from pymongo.asynchronous.database import AsyncDatabase
+
+Document = dict[str, Any]
+
+_CLAUSES: Final = 200
+"""Conversations per own-tail query. Only those written to within the last second (the flush lag) need one."""
+_LIVE: Final[Document] = {"$exists": False}
+
+
+class Standing(NamedTuple):
+    """One live membership: its document, where its log ends, and what of it is unread."""
+
+    membership: Document
+    head: int
+    digest: bytes
+    unread: int
+
+
+class HeadReader:
+    """Readers of `memberships`, `sequence_numbers` and the ends of logs."""
+
+    def __init__(self, client: AsyncMongoClient[Document], database: AsyncDatabase[Document]) -> None:
+        self._client = client
+        self._memberships = database["memberships"]
+        self._sequences = database["sequence_numbers"]
+        self._messages = database["messages"]
+
+    async def open_heads(self, user_id: str, device_id: str, cursors: Mapping[str, int]) -> tuple[int, list[OpenHead]]:
+        """Unread over all live memberships, and each one's head with the device's cursor.
+
+        The cursor is the client's own where it named one, else what the device acknowledged, else the place before the
+        first visible entry (a new device gets everything); always within [join_seq-1, head]. Conversations
+        in `cursors` that the user is not in are ignored: no oracle. Raises StoreUnavailable.
+        """
+        device = escape_device(device_id)
+        heads = []
+        unread = 0
+        for standing in await self.standings(user_id):
+            membership = standing.membership
+            conversation_id = membership["conversation_id"]
+            before_first = membership["join_seq"] - 1
+            cursor = cursors.get(conversation_id)
+            if cursor is None:
+                cursor = membership["devices"].get(device, before_first)
+            cursor = max(before_first, min(cursor, standing.head))
+            heads.append(OpenHead(conversation_id, cursor, standing.head, standing.digest))
+            unread += standing.unread
+        return unread, heads
+
+    async def standings(self, user_id: str, conversation_ids: Sequence[str] | None = None) -> list[Standing]:
+        """Every live membership of a user, or those of the named conversations. Raises StoreUnavailable."""
+        wanted: Document = {"user_id": user_id, "leave_seq": _LIVE}
+        if conversation_ids is not None:
+            wanted["conversation_id"] = {"$in": list(conversation_ids)}
+        with store_errors():
+            async with self._snapshot() as session:
+                members = await self._memberships.find(wanted, session=session).to_list()
+                if not members:
+                    return []
+                names = [member["conversation_id"] for member in members]
+                flushed = {
+                    document["_id"]: document
+                    async for document in self._sequences.find({"_id": {"$in": names}}, session=session)
+                }
+                heads = await self._heads(names, session)
+                own = await self._own_tails(user_id, heads, flushed, session)
+        return [_standing(member, heads, flushed, own) for member in members]
+
+    def _snapshot(self) -> AbstractAsyncContextManager[AsyncClientSession]:
+        return self._client.start_session(snapshot=True)
+
+    async def _heads(self, conversation_ids: list[str], session: AsyncClientSession) -> dict[str, Document]:
+        pipeline = heads_pipeline(conversation_ids)
+        cursor = await self._messages.aggregate(pipeline, session=session, hint=SEQUENCE_INDEX)
+        return {document["_id"]: document["head"] async for document in cursor}
+
+    async def _own_tails(
+        self, user_id: str, heads: Mapping[str, Document], flushed: Mapping[str, Document], session: AsyncClientSession
+    ) -> dict[str, int]:
+        """Conversation → countable of the user's last unflushed message: sending moves the own read mark."""
+        clauses: list[Document] = []
+        for conversation_id, head in heads.items():
+            through = flushed.get(conversation_id, {}).get("last_sequence_number", 0)
+            if through < head["sequence_number"]:
+                clauses.append(
+                    {"conversation_id": conversation_id, "sequence_number": {"$gt": through}, "sender_id": user_id}
+                )
+        own: dict[str, int] = {}
+        fields = {"_id": 0, "conversation_id": 1, "countable": 1}
+        for start in range(0, len(clauses), _CLAUSES):
+            tail = self._messages.find({"$or": clauses[start : start + _CLAUSES]}, fields, session=session)
+            async for message in tail:
+                conversation_id = message["conversation_id"]
+                own[conversation_id] = max(own.get(conversation_id, 0), message["countable"])
+        return own
+
+    async def sweep_heads(self, user_ids: Sequence[str]) -> list[UserHead]:
+        """Heads of all live memberships of these users, at most the flush interval (1 s) old. Raises StoreUnavailable.
+
+        Two queries and no look at the log: this runs for every connected user every 10 s.
+        """
+        wanted = {"user_id": {"$in": list(user_ids)}, "leave_seq": _LIVE}
+        fields = {"_id": 0, "user_id": 1, "conversation_id": 1, "join_seq": 1}
+        with store_errors():
+            members = await self._memberships.find(wanted, fields).to_list()
+            if not members:
+                return []
+            names = list({member["conversation_id"] for member in members})
+            heads = {
+                document["_id"]: document["last_sequence_number"]
+                async for document in self._sequences.find({"_id": {"$in": names}}, {"last_sequence_number": 1})
+            }
+        found = []
+        for member in members:
+            conversation_id = member["conversation_id"]
+            head = heads.get(conversation_id, 0)
+            if head >= member["join_seq"]:
+                found.append(UserHead(member["user_id"], conversation_id, head))
+        return found
+
+
+def _standing(
+    member: Document, heads: Mapping[str, Document], flushed: Mapping[str, Document], own: Mapping[str, int]
+) -> Standing:
+    """A log whose every message has expired ends where its flushed counter says, with nothing unread in it."""
+    conversation_id = member["conversation_id"]
+    head = heads.get(conversation_id)
+    if head is None:
+        at = flushed.get(conversation_id, {})
+        return Standing(member, at.get("last_sequence_number", 0), at.get("digest", watermarks.NO_DIGEST), 0)
+    read = max(member["read_countable"], own.get(conversation_id, 0))
+    return Standing(member, head["sequence_number"], head["digest"], watermarks.unread(head["countable"], read))

@@ -1,0 +1,67 @@
+"""Every index of the system, as data. Called by the store when it opens.
+
+The seed's indexes with the corrections of design.md section 6; each of them has its test.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from pymongo import ASCENDING, DESCENDING, IndexModel
+
+DAY_SECONDS: Final = 86_400
+SEQUENCE_INDEX: Final = "conversation_sequence"
+SCOPED_KEY_INDEX: Final = "scoped_idempotency_key"
+SYSTEM_INDEX: Final = "system_messages"
+"""Partial index over a group's system messages: its state is the fold of them."""
+PLAIN_COLLECTIONS: Final = ("sequence_numbers",)
+"""Collections that need `_id` only. Made at start all the same: a snapshot read (`heads.py`) refuses a
+collection that is younger than its snapshot."""
+
+
+def index_models(retention_days: int) -> dict[str, list[IndexModel]]:
+    """Collection → its indexes. `_id` is the seed's id everywhere, so no index repeats it (design.md section 6.1)."""
+    return {
+        "messages": [
+            IndexModel(
+                [("conversation_id", ASCENDING), ("sequence_number", ASCENDING)], name=SEQUENCE_INDEX, unique=True
+            ),
+            IndexModel(
+                [("conversation_id", ASCENDING), ("sender_id", ASCENDING), ("idempotency_key", ASCENDING)],
+                name=SCOPED_KEY_INDEX,
+                unique=True,
+            ),
+            IndexModel([("conversation_id", ASCENDING), ("timestamp", DESCENDING)], name="conversation_timestamp"),
+            IndexModel([("created_at", ASCENDING)], name="retention", expireAfterSeconds=retention_days * DAY_SECONDS),
+            IndexModel(
+                [("conversation_id", ASCENDING), ("sequence_number", ASCENDING)],
+                name=SYSTEM_INDEX,
+                partialFilterExpression={"type": "system"},
+            ),
+        ],
+        "conversations": [
+            IndexModel([("user_id", ASCENDING), ("agent_id", ASCENDING)], name="user_agent"),
+        ],
+        "memberships": [
+            IndexModel([("user_id", ASCENDING), ("conversation_id", ASCENDING)], name="user_conversation"),
+            IndexModel([("conversation_id", ASCENDING)], name="conversation"),
+        ],
+        "users": [
+            IndexModel(
+                [(field, ASCENDING)],
+                name=f"unique_{field}",
+                unique=True,
+                partialFilterExpression={field: {"$type": "string"}},
+            )
+            for field in ("phone", "email")
+        ],
+        "idempotency_keys": [
+            IndexModel([("created_at", ASCENDING)], name="retention", expireAfterSeconds=DAY_SECONDS),
+        ],
+        "dead_letter_queue": [
+            IndexModel([("status", ASCENDING), ("next_retry_at", ASCENDING)], name="status_next_retry"),
+            IndexModel([("created_at", DESCENDING)], name="newest"),
+            IndexModel([("message._id", ASCENDING)], name="message"),
+            IndexModel([("expires_at", ASCENDING)], name="retention", expireAfterSeconds=0),
+        ],
+    }
