@@ -1,15 +1,62 @@
 """The seam between a WebSocket transport and the hub, and the frame that is encoded once for all its recipients.
 
-A transport (`epoll.py`, `trio_ws.py`) owns sockets, WebSocket framing and outboxes; it knows no Trireme frame. The hub owns sessions; it
-knows no socket. They meet in the two protocols below, whose methods never await and so are atomic.
+A transport (`epoll.py`, `trio_ws.py`) owns sockets, WebSocket framing and outboxes; it knows no Trireme frame. The
+hub owns sessions; it knows no socket. They meet in the two protocols below, whose methods never await and so are
+atomic.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Final, Protocol
 
-from protocol.codec import FrameCodec, transcode_to_msgpack
-from protocol.errors import CloseCode
+import msgspec
+import structlog
+import trio
+
+from protocol.codec import MAX_FRAME_BYTES, FrameCodec, transcode_to_msgpack
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
+    from protocol.errors import CloseCode
+
+WEBSOCKET_PATH: Final = "/v1/ws"
+
+_log = structlog.get_logger()
+
+
+class TransportLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """Every number a transport obeys. Defaults are those of protocol.md; the gateway's settings may replace them."""
+
+    max_message_bytes: int = MAX_FRAME_BYTES
+    """Of one message, in one frame or many; beyond it 1009."""
+    max_fragments: int = 1024
+    """Frames of one message; beyond it 1009. Empty fragments cost the sender nothing, so bytes alone do not bound
+    them."""
+    control_frames: int = 20
+    """Pings, pongs and closes per second; beyond it 1008."""
+    max_head_bytes: int = 16 * 1024
+    max_head_lines: int = 100
+    held_bytes: int = 64 * 1024
+    """Data frames kept while the link is blocked; beyond it the socket is not read."""
+    outbox_bytes: int = 1024 * 1024
+    outbox_frames: int = 256
+    """Past either of these the link is told to stop; past twice of it the peer is cut off."""
+    handshake_seconds: float = 5.0
+    """From accept to the end of the handshake."""
+    close_seconds: float = 2.0
+    """From the start of a close to the end of the TCP connection."""
+    stuck_seconds: float = 30.0
+    """A peer that takes not one byte of a waiting outbox for so long is cut off."""
+    message_seconds: float = 30.0
+    """From the first byte of a message to its last; beyond it 4408."""
+    ready_sockets: int = 128
+    """Sockets served before other tasks run: 128 at about 15 us each are 2 ms."""
+    accept_burst: int = 64
+    origins: frozenset[str] | None = None
+    """Values of `Origin` that may connect; None: any. A client that sends none (no browser) is always welcome."""
 
 
 class Outgoing:
@@ -53,7 +100,8 @@ class Transport(Protocol):
     """What the hub may ask of one connection's socket."""
 
     def send_nowait(self, outgoing: Outgoing) -> None:
-        """Write now, or into the bounded outbox. Past the bound the transport calls `Link.overflowed` and drops nothing it took."""
+        """Write now, or into the bounded outbox. Past the bound the transport calls `Link.overflowed` and drops
+        nothing it took."""
 
     def ping_nowait(self) -> None:
         """Send a WebSocket ping."""
@@ -70,7 +118,8 @@ class Link(Protocol):
 
     @property
     def blocked(self) -> bool:
-        """True: hold further data frames back (at most 64 KiB of them, then stop reading); pings and closes are still served."""
+        """True: hold further data frames back (at most 64 KiB of them, then stop reading); pings and closes are still
+        served."""
 
     def heard(self, now: float) -> None:
         """Bytes came from the peer."""
@@ -91,9 +140,17 @@ class Link(Protocol):
 class HttpAnswer(Protocol):
     """What a plain HTTP request on the gateway's port gets (health, metrics)."""
 
-    status: int
-    content_type: str
-    body: bytes
+    @property
+    def status(self) -> int:
+        """HTTP status code."""
+
+    @property
+    def content_type(self) -> str:
+        """Value of `Content-Type`."""
+
+    @property
+    def body(self) -> bytes:
+        """The whole body."""
 
 
 class Host(Protocol):
@@ -104,3 +161,60 @@ class Host(Protocol):
 
     def answer_http(self, path: str) -> HttpAnswer | None:
         """The answer to GET `path` where it is one of ours, None for 404."""
+
+
+class TransportServer(ABC):
+    """What the composition root, the timer role and the metrics know of a transport. The counters only grow."""
+
+    def __init__(self, host: Host, limits: TransportLimits) -> None:
+        self.host = host
+        self.limits = limits
+        self.accepted = 0
+        """TCP connections taken."""
+        self.handshakes_refused = 0
+        """Connections that ended without a WebSocket or a health answer."""
+        self.isolated_errors = 0
+        """Bugs that ended one connection instead of the process; must stay 0."""
+        self.bytes_in = 0
+        self.bytes_out = 0
+        self.frames_in = 0
+        """Data messages from clients."""
+        self.frames_out = 0
+        """Data messages to clients."""
+
+    def isolate(self, error: Exception, end: Callable[[], None]) -> None:
+        """Contain a bug met while serving one connection: count it, log it, `end` that connection."""
+        self.isolated_errors += 1
+        _log.error("connection_isolated", exc_info=error)
+        try:
+            end()
+        except Exception as second:  # noqa: BLE001 - the same boundary: the bug may show again while the connection is torn down
+            self.isolated_errors += 1
+            _log.error("connection_isolated", exc_info=second)
+
+    @property
+    @abstractmethod
+    def connections(self) -> int:
+        """Sockets in hand now, in any stage."""
+
+    @abstractmethod
+    async def serve(
+        self, listener: socket.socket, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Accept on `listener` and serve until cancelled; started once the listener is being watched.
+
+        Resource handling: `listener` stays the caller's; every accepted socket is closed on the way out.
+        Error handling: no client can make this raise.
+        """
+
+    @abstractmethod
+    def stop_accepting(self) -> None:
+        """Take no further connection; those in hand are served on. Atomic."""
+
+    @abstractmethod
+    def sweep(self, now: float) -> None:
+        """End what is past its deadline. The timer role calls this once a second. Atomic."""
+
+    @abstractmethod
+    def close_all(self, code: CloseCode) -> None:
+        """Start the close handshake of every connection. Atomic."""
