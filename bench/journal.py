@@ -1,0 +1,103 @@
+"""What happens to one simulated device, as events: what it sent, what it was told, what it saw.
+
+Written by `client.Client`, judged by `ledger.Ledger`. `at` is seconds of the clock of whoever drives the client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+
+from protocol.errors import ErrorCode
+from protocol.frames import MessagesPayload, ReceiptUpdatePayload
+
+
+class Event(msgspec.Struct, frozen=True, gc=False, kw_only=True):
+    """`connection` counts the connections of this device from 1; 0: it has not been online yet."""
+
+    at: float
+    user_id: str
+    device_id: str
+    connection: int
+
+
+class Connected(Event, frozen=True, gc=False, kw_only=True):
+    """The server let this device in. `resumed` is the last sequence it said it holds, per conversation."""
+
+    resumed: dict[str, int]
+
+
+class Closed(Event, frozen=True, gc=False, kw_only=True):
+    code: int
+
+
+class Sent(Event, frozen=True, gc=False, kw_only=True):
+    """`attempt` 1 is the first try of this key."""
+
+    conversation_id: str
+    idempotency_key: str
+    content: str
+    attempt: int
+
+
+class Acked(Event, frozen=True, gc=False, kw_only=True):
+    conversation_id: str
+    idempotency_key: str
+    message_id: str
+    sequence_number: int
+    duplicate: bool
+
+
+class Refused(Event, frozen=True, gc=False, kw_only=True):
+    """An `error` frame; without a key it answers something other than a send."""
+
+    code: ErrorCode
+    retryable: bool
+    conversation_id: str | None
+    idempotency_key: str | None
+
+
+class Pushed(Event, frozen=True, gc=False, kw_only=True):
+    """A `messages` frame as it came, before the client's dedupe."""
+
+    payload: MessagesPayload
+
+
+class Confirmed(Event, frozen=True, gc=False, kw_only=True):
+    """The device said that it holds everything up to here (`delivery_ack`)."""
+
+    conversation_id: str
+    message_id: str
+    sequence_number: int
+
+
+class Read(Event, frozen=True, gc=False, kw_only=True):
+    """The user said that it has read up to here (`read_receipt`)."""
+
+    conversation_id: str
+    sequence_number: int
+
+
+class Receipt(Event, frozen=True, gc=False, kw_only=True):
+    payload: ReceiptUpdatePayload
+
+
+class Asked(Event, frozen=True, gc=False, kw_only=True):
+    """The client found a hole and asked for it again (`retransmit`)."""
+
+    conversation_id: str
+    from_sequence: int
+    to_sequence: int
+
+
+class Contradicted(Event, frozen=True, gc=False, kw_only=True):
+    """The digest this device folded is not the one the server states for the same sequence."""
+
+    conversation_id: str
+    sequence_number: int
+    folded: str
+    stated: str
+
+
+Journal = Callable[[Event], None]
