@@ -15,6 +15,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "services": ("bench.services", "local Valkey and mongod, until stopped"),
     "replay": ("bench.replay", "replay real chat logs as groups and check every message"),
     "direct": ("bench.load", "load: durable 1:1 messages with delivery receipts"),
+    "group": ("bench.group_load", "load: fan-out in full groups"),
     "gateway": (
         "bench.gateway_cost",
         "CPU per message and memory per connection of both transports and three echo servers",

@@ -90,7 +90,9 @@ def die_with_parent() -> Callable[[], None]:
     return arm
 
 
-def spawn(arguments: list[str], log: Path, environment: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
+def spawn(
+    arguments: list[str], log: Path, environment: dict[str, str] | None = None, directory: Path | None = None
+) -> subprocess.Popen[bytes]:
     """Start a process of ours: own session (a terminal's Ctrl-C is not its business), output appended to `log`.
 
     Raises ServicesError when the program cannot be executed at all.
@@ -103,6 +105,7 @@ def spawn(arguments: list[str], log: Path, environment: dict[str, str] | None = 
                 stdout=output,
                 stderr=output,
                 env=environment,
+                cwd=directory,
                 start_new_session=True,
                 preexec_fn=die_with_parent(),
             )

@@ -1,0 +1,292 @@
+"""One simulated phone: the sans-IO client on a trio-websocket connection that breaks, comes back, can be switched off.
+
+Called by the replay and the system tests. All behaviour of the protocol is in `client.py`; this file owns the socket,
+the clock and who waits for what.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+import trio
+from trio_websocket import ConnectionClosed, HandshakeError, WebSocketConnection, connect_websocket_url
+
+from bench import journal
+from bench.client import Client, Habits, State
+from protocol.codec import JSON, MAX_FRAME_BYTES, SUBPROTOCOL_JSON
+from protocol.errors import AuthErrorCode, CloseCode, Reconnect
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from protocol.frames import ClientFrame, ServerFrame
+
+OPEN_SECONDS: Final = 15.0
+WRITE_SECONDS: Final = 5.0
+FIRST_BACKOFF_SECONDS: Final = 0.2
+LAST_BACKOFF_SECONDS: Final = 5.0
+QUEUED_FRAMES: Final = 32
+"""What trio-websocket reads ahead; its default of 1 costs two task switches per frame."""
+MAX_SERVER_FRAME_BYTES: Final = 100 * MAX_FRAME_BYTES
+"""A page holds up to 100 messages, each of which may fill a frame of its own."""
+_RETRIED_AUTH: Final = frozenset((AuthErrorCode.DRAINING, AuthErrorCode.SERVER_BUSY, AuthErrorCode.RATE_LIMITED))
+_NEVER_AGAIN: Final = frozenset(
+    int(code) for code in CloseCode if code.reconnect is Reconnect.NO and code is not CloseCode.NORMAL
+)
+
+
+class PhoneError(Exception):
+    """The server will not have this phone: a bad token, say. Reconnecting would not help."""
+
+
+class FrameCache:
+    """Decoded `messages` frames by their text: in a group many phones of this process get the very same bytes."""
+
+    def __init__(self, limit: int = 512) -> None:
+        self._limit = limit
+        self._frames: OrderedDict[str, ServerFrame] = OrderedDict()
+
+    def decode(self, text: str) -> ServerFrame:
+        """Raises msgspec.DecodeError."""
+        if not text.startswith('{"type":"messages"'):
+            return JSON.decode_server(text)
+        frame = self._frames.get(text)
+        if frame is None:
+            frame = self._frames[text] = JSON.decode_server(text)
+            if len(self._frames) > self._limit:
+                self._frames.popitem(last=False)
+        return frame
+
+
+class Settled(msgspec.Struct, frozen=True):
+    """What became of a send: acked with its message id and sequence, or refused with a code."""
+
+    message_id: str = ""
+    sequence_number: int = 0
+    code: str = ""
+
+
+class Phone:
+    """One device. `run` it in a nursery; it is online until `go_offline`, and again after `go_online`."""
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        user_id: str,
+        device_id: str,
+        token: str,
+        record: journal.Journal,
+        *,
+        habits: Habits | None = None,
+        cache: FrameCache | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.client = Client(user_id, device_id, token, self._note, habits)
+        self._urls = list(urls)
+        self._record = record
+        self._cache = cache or FrameCache()
+        self._random = random.Random(f"{seed}:{user_id}:{device_id}")
+        self._socket: WebSocketConnection | None = None
+        self._writing = trio.Lock()
+        self._wanted = trio.Event()
+        self._wanted.set()
+        self._changed = trio.Event()
+        self._waiting: dict[str, list[Callable[[Settled], None]]] = {}
+        self._reader_scope: trio.CancelScope | None = None
+
+    # --- for the owner of the phone ----------------------------------------------------------------------------------
+
+    @property
+    def online(self) -> bool:
+        return self.client.state is State.LIVE
+
+    @property
+    def wanted(self) -> bool:
+        """Switched on, whether connected at the moment or not."""
+        return self._wanted.is_set()
+
+    def go_online(self) -> None:
+        self._wanted.set()
+
+    async def go_offline(self) -> None:
+        """Close the connection; sends are kept until the phone is online again."""
+        self._wanted = trio.Event()
+        socket = self._socket
+        if socket is not None:
+            with trio.move_on_after(WRITE_SECONDS):
+                await socket.aclose()
+
+    async def send_nowait(
+        self, conversation_id: str, content: str, *, receiver_id: str = "", reply_to_message_id: str | None = None
+    ) -> str:
+        """Send, or keep for later while offline. Returns the idempotency key without waiting for the ack."""
+        key, out = self.client.send(
+            conversation_id,
+            content,
+            now=trio.current_time(),
+            wall_ms=wall_ms(),
+            receiver_id=receiver_id,
+            reply_to_message_id=reply_to_message_id,
+        )
+        await self._write(out)
+        return key
+
+    async def send(
+        self, conversation_id: str, content: str, *, receiver_id: str = "", reply_to_message_id: str | None = None
+    ) -> Settled:
+        """Send and wait, across reconnects, until the server says what became of it."""
+        key = await self.send_nowait(
+            conversation_id, content, receiver_id=receiver_id, reply_to_message_id=reply_to_message_id
+        )
+        return await self.settled(key)
+
+    async def settled(self, key: str) -> Settled:
+        """Wait for the fate of a key of `send_nowait` that is still pending."""
+        done = trio.Event()
+        answers: list[Settled] = []
+
+        def settle(answer: Settled) -> None:
+            answers.append(answer)
+            done.set()
+
+        self._waiting.setdefault(key, []).append(settle)
+        await done.wait()
+        return answers[0]
+
+    def when_settled(self, key: str, call: Callable[[Settled], None]) -> None:
+        """Call back, once and without waiting, when the fate of this key is known."""
+        self._waiting.setdefault(key, []).append(call)
+
+    async def read(self, conversation_id: str) -> None:
+        """Mark everything held of this conversation as read."""
+        await self._write(self.client.read(conversation_id, trio.current_time(), wall_ms()))
+
+    async def sync(self) -> None:
+        """Ask for whatever is missing; wait for `sync_complete` with `wait_until(lambda: phone.client.synced)`."""
+        await self._write(self.client.sync())
+
+    async def write(self, frames: Sequence[ClientFrame]) -> None:
+        """Any other frames, as they are."""
+        await self._write(frames)
+
+    async def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Until the condition holds; looked at after everything that comes in. Bound it with a timeout."""
+        while not condition():
+            await self._changed.wait()
+
+    async def wait_online(self) -> None:
+        """Until the server has let this phone in and its backlog has come."""
+        await self.wait_until(lambda: self.online and self.client.synced)
+
+    # --- the connection ----------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Connect, and connect again with jitter, until cancelled. Raises PhoneError when the server says never."""
+        backoff = FIRST_BACKOFF_SECONDS
+        while True:
+            await self._wanted.wait()
+            code = await self._connect_once()
+            if not self._wanted.is_set():
+                backoff = FIRST_BACKOFF_SECONDS
+                continue
+            self._check_fate(code)
+            if self.client.connection and code in (CloseCode.RESTART, CloseCode.GOING_AWAY):
+                backoff = FIRST_BACKOFF_SECONDS
+            await trio.sleep(backoff * self._random.uniform(0.5, 1.5))
+            backoff = min(backoff * 2, LAST_BACKOFF_SECONDS)
+
+    def _check_fate(self, code: int) -> None:
+        refusal = self.client.auth_error
+        if refusal is not None and refusal.error not in _RETRIED_AUTH:
+            raise PhoneError(f"{self.client.user_id}: {refusal.error.value}")
+        if refusal is None and code in _NEVER_AGAIN:
+            raise PhoneError(f"{self.client.user_id}: closed with {code}")
+
+    async def _connect_once(self) -> int:
+        """One connection from handshake to close. Returns the close code; 1006 without a close frame."""
+        url = self._random.choice(self._urls)
+        code = 1006
+        try:
+            async with trio.open_nursery() as nursery:
+                with trio.fail_after(OPEN_SECONDS):
+                    socket = await connect_websocket_url(
+                        nursery,
+                        url,
+                        subprotocols=[SUBPROTOCOL_JSON],
+                        message_queue_size=QUEUED_FRAMES,
+                        max_message_size=MAX_SERVER_FRAME_BYTES,
+                    )
+                self._socket = socket
+                try:
+                    await self._write(self.client.opened())
+                    await self._read(socket)
+                except ConnectionClosed as error:
+                    code = error.reason.code if error.reason is not None else 1006
+                finally:
+                    self._socket = None
+                    self.client.closed(code, trio.current_time())
+                    self._notify()
+                    nursery.cancel_scope.cancel()
+        except (OSError, HandshakeError, trio.TooSlowError):
+            pass  # nobody there, or somebody else: the caller tries again
+        except BaseExceptionGroup as group:
+            if group.split((OSError, HandshakeError, trio.TooSlowError))[1] is not None:
+                raise
+        return int(code)
+
+    async def _read(self, socket: WebSocketConnection) -> None:
+        client = self.client
+        while True:
+            with trio.CancelScope(deadline=client.deadline()) as self._reader_scope:
+                text = str(await socket.get_message())
+                now = trio.current_time()
+                frame = self._cache.decode(text)
+                out = client.receive(frame, now, wall_ms())
+                if out:
+                    await self._write(out)
+                self._notify()
+                continue
+            await self._write(client.tick(trio.current_time(), wall_ms()))
+
+    async def _write(self, frames: Sequence[ClientFrame]) -> None:
+        """Write in order. A write that cannot finish ends the connection: half a frame would garble what follows."""
+        if not frames:
+            return
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + WRITE_SECONDS) as scope:
+            async with self._writing:
+                socket = self._socket
+                if socket is None:
+                    return  # the client sends again what has no ack
+                try:
+                    for frame in frames:
+                        await socket.send_message(JSON.encode(frame).decode())
+                except ConnectionClosed:
+                    return  # the reader sees it too
+        if scope.cancelled_caught and self._socket is not None:
+            await self._socket.aclose()
+        if self._reader_scope is not None:
+            self._reader_scope.deadline = min(self._reader_scope.deadline, self.client.deadline())
+
+    def _note(self, event: journal.Event) -> None:
+        self._record(event)
+        if isinstance(event, journal.Acked):
+            self._settle(event.idempotency_key, Settled(event.message_id, event.sequence_number))
+        elif isinstance(event, journal.Refused) and event.idempotency_key is not None and not event.retryable:
+            self._settle(event.idempotency_key, Settled(code=event.code.value))
+
+    def _settle(self, key: str, answer: Settled) -> None:
+        for call in self._waiting.pop(key, ()):
+            call(answer)
+
+    def _notify(self) -> None:
+        changed, self._changed = self._changed, trio.Event()
+        changed.set()
+
+
+def wall_ms() -> int:
+    """The clock a phone shows: epoch milliseconds. The one place of the simulated clients that reads it."""
+    return time.time_ns() // 1_000_000
