@@ -202,7 +202,11 @@ class OpenAnswer(Record, tag="O", frozen=True, gc=False):
 
 
 class PageAnswer(Record, tag="P", frozen=True, gc=False):
-    """Answer to `PageQuery`: accounts for from..to; `digest` is the one at `to_sequence`; empty page, empty frame."""
+    """Answer to `PageQuery`: accounts for from..to; `digest` is the one at `to_sequence`; empty page, empty frame.
+
+    `from_sequence` is the asked `after_sequence` + 1 even where the member sees nothing that early: a session tells by it
+    which question this answers.
+    """
 
     connection: int
     conversation_id: str
@@ -230,6 +234,12 @@ class HeadsAnswer(Record, tag="S", frozen=True, gc=False):
     heads: list[UserHead]
 
 
+class Replaced(Record, tag="X", frozen=True, gc=False):
+    """From gateway to gateway: the device of this connection has connected elsewhere, the newest wins."""
+
+    connection: int
+
+
 class CommandOutcome(Record, tag="C", frozen=True, gc=False):
     """Answer to a group command for the REST request that waits.
 
@@ -242,7 +252,7 @@ class CommandOutcome(Record, tag="C", frozen=True, gc=False):
     body: bytes
 
 
-DownItem = Outcome | Delivery | Notice | OpenAnswer | PageAnswer | Reply | HeadsAnswer | CommandOutcome
+DownItem = Outcome | Delivery | Notice | OpenAnswer | PageAnswer | Reply | HeadsAnswer | CommandOutcome | Replaced
 """One stream entry on `down:{instance}` holds a list of these, in order."""
 
 

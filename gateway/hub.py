@@ -1,0 +1,529 @@
+"""Users and their connections in this process: sessions are driven here, their commands carried out, down items routed.
+
+The transports call `Hub.connected` and the `Link` methods of a `Connection`, the broker calls `Hub.route` and tells
+what it could not hand over, the timer role calls `Connection.expired`. Nothing here awaits, so each call is atomic. The
+hub knows no socket and no Redis key; a transport is never called again after it said `lost` or was told to close.
+"""
+
+from __future__ import annotations
+
+import os
+from itertools import count
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+import structlog
+
+from gateway.admission import Admission, Admitted, Refused
+from gateway.registry import Attachment
+from gateway.sweep import HeadSweep, RegistrySweep
+from gateway.timers import TimerWheel
+from gateway.transport import HttpAnswer, Outgoing, Transport
+from protocol import commands, frames, keys, records
+from protocol.codec import JSON, FrameCodec
+from protocol.errors import AuthErrorCode, CloseCode, ErrorCode, RemoteProtocolError
+from protocol.limits import Limits, TokenBucket
+from protocol.session import Session
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from gateway.broker import Broker
+
+_log = structlog.get_logger(__name__)
+
+_RETRY_MS: Final = 1000
+"""What a client is told to wait when Redis did not take its message: a reconnect is tried within 2 s."""
+
+
+class Counts(msgspec.Struct):
+    """What the hub did since the start; read by `metrics.py`."""
+
+    published: int = 0
+    publish_failures: int = 0
+    outcomes: int = 0
+    deliveries: int = 0
+    """Live frames written, one per recipient connection."""
+    catch_ups: int = 0
+    """Live frames not written because the connection was behind: it pages the log instead."""
+    pages: int = 0
+    repairs: int = 0
+    """Lost pushes found by the sweep (contract C8)."""
+    replaced: int = 0
+    auth_failures: int = 0
+    isolated_errors: int = 0
+    """Bugs that ended one connection instead of the process; must stay 0."""
+
+
+class Connection:
+    """One client: its session, its transport, its place in the hub. Implements `transport.Link` and `timers.Timed`."""
+
+    __slots__ = ("attachment", "close_code", "codec", "due", "hub", "opened_at", "remote", "session", "transport")
+
+    def __init__(self, hub: Hub, session: Session, transport: Transport, codec: FrameCodec, remote: str) -> None:
+        self.hub = hub
+        self.session = session
+        self.transport: Transport | None = transport
+        """None as soon as nothing may be written any more."""
+        self.codec = codec
+        self.remote = remote
+        self.attachment: Attachment | None = None
+        self.opened_at = session.heard_at
+        self.close_code: CloseCode | None = None
+        self.due = 0
+
+    # --- Link --------------------------------------------------------------------------------------------------------
+
+    @property
+    def blocked(self) -> bool:
+        """See `Link.blocked`. While the gateway drains nothing new is taken, so that the windows run empty."""
+        return self.session.blocked or self.hub.draining
+
+    def heard(self, now: float) -> None:
+        """See `Link.heard`."""
+        self.session.heard_at = now
+
+    def receive(self, payload: bytes | bytearray | memoryview, now: float) -> None:
+        """See `Link.receive`."""
+        session = self.session
+        try:
+            frame = self.codec.decode(payload)
+        except RemoteProtocolError as error:
+            self.run(session.receive_refused(error, now), now)
+        else:
+            self.run(session.receive(frame, now, self.hub.wall_ms()), now)
+        if self.due > now + 3.0 and session.deadline(now) < now + 2.0:
+            self.hub.wheel.arm(self, now + 1.0, now)
+
+    def overflowed(self) -> None:
+        """See `Link.overflowed`."""
+        self.session.lagging = True
+
+    def drained(self, now: float) -> None:
+        """See `Link.drained`."""
+        self.session.lagging = False
+        self.run(self.session.pump(now, self.hub.wall_ms()), now)
+
+    def lost(self) -> None:
+        """See `Link.lost`."""
+        self.session.closed()
+        self.leave()
+        self.hub.forget(self)
+
+    # --- Timed -------------------------------------------------------------------------------------------------------
+
+    def expired(self, now: float) -> None:
+        """A deadline of the session may have passed."""
+        try:
+            was_blocked = self.blocked
+            self.run(self.session.tick(now, self.hub.wall_ms()), now)
+            if self.transport is not None:
+                self.hub.wheel.arm(self, self.session.deadline(now), now)
+                self._resume_after(was_blocked)
+        except Exception:  # noqa: BLE001 -- boundary "connection": one bad connection must not disturb another
+            self.isolate()
+
+    # --- what the session asks ---------------------------------------------------------------------------------------
+
+    def run(self, todo: Sequence[commands.Command], now: float) -> None:
+        """Carry out commands, in order."""
+        hub = self.hub
+        for command in todo:
+            kind = type(command)
+            if kind is commands.Publish:
+                hub.publish(self, command.record, now)  # type: ignore[union-attr]
+            elif kind is commands.Acknowledge:
+                hub.broker.acknowledge(command.mark)  # type: ignore[union-attr]
+            elif kind is commands.Ask:
+                hub.ask(self, command.query, now)  # type: ignore[union-attr]
+            elif kind is commands.Send:
+                self.send(Outgoing(JSON.encode(command.frame)))  # type: ignore[union-attr]
+            elif kind is commands.SendEncoded:
+                self.send(Outgoing(command.frame))  # type: ignore[union-attr,arg-type]
+            elif kind is commands.Ping:
+                if self.transport is not None:
+                    self.transport.ping_nowait()
+            elif kind is commands.Verify:
+                hub.verify(self, command.payload, now)  # type: ignore[union-attr]
+            elif kind is commands.Attach:
+                hub.attach(self)
+            elif kind is commands.Close:
+                self.close(command.code)  # type: ignore[union-attr]
+
+    def send(self, outgoing: Outgoing) -> None:
+        """Write one frame, unless the connection is ending."""
+        if self.transport is not None:
+            self.transport.send_nowait(outgoing)
+
+    def close(self, code: CloseCode) -> None:
+        """Start the close; nothing is routed here any more."""
+        transport = self.transport
+        self.close_code = code
+        self.leave()
+        if transport is not None:
+            transport.close_nowait(code)
+
+    def leave(self) -> None:
+        """Out of the hub's routing, once."""
+        if self.transport is not None:
+            self.transport = None
+            self.hub.wheel.disarm(self)
+            self.hub.remove(self)
+
+    def isolate(self) -> None:
+        """A bug showed on this connection: it ends, the others go on."""
+        self.hub.counts.isolated_errors += 1
+        _log.exception("connection_failed", connection=self.session.connection)
+        self.session.closed()
+        self.close(CloseCode.INTERNAL)
+
+    def _resume_after(self, was_blocked: bool) -> None:
+        if was_blocked and self.transport is not None and not self.blocked:
+            self.transport.resume_nowait()
+
+    # --- what workers answer -----------------------------------------------------------------------------------------
+
+    def settle(self, item: records.Outcome) -> None:
+        """A send was committed or refused."""
+        was_blocked = self.blocked
+        self.session.outcome(item.idempotency_key)
+        self.send(Outgoing(item.frame))
+        self._resume_after(was_blocked)
+
+    def react(self, step: Callable[[float, int], list[commands.Command]], now: float, wall_ms: int) -> None:
+        """Let the session take a step that may open its window."""
+        was_blocked = self.blocked
+        self.run(step(now, wall_ms), now)
+        self._resume_after(was_blocked)
+
+
+class Hub:
+    """The registry of this process. Implements `transport.Host` and `broker.Receiver`."""
+
+    def __init__(
+        self,
+        instance_id: str,
+        broker: Broker,
+        admission: Admission,
+        limits: Limits,
+        devices_per_user: int,
+        *,
+        clock: Callable[[], float],
+        wall_ms: Callable[[], int],
+        pages: Callable[[str], HttpAnswer | None],
+    ) -> None:
+        """`clock`: seconds, monotonic, the one the transports use. `pages` answers plain HTTP."""
+        self.instance_id = instance_id
+        self.broker = broker
+        self.wheel = TimerWheel()
+        self.counts = Counts()
+        self.refusals: dict[AuthErrorCode, int] = dict.fromkeys(AuthErrorCode, 0)
+        self.draining = False
+        self.users: dict[str, tuple[Connection, ...]] = {}
+        """Authenticated connections by user."""
+        self.wall_ms = wall_ms
+        self.answer_http = pages
+        self.heads = HeadSweep(self.users, instance_id)
+        self.registry = RegistrySweep(self.users)
+        self._admission = admission
+        self._limits = limits
+        self._devices_per_user = devices_per_user
+        self._clock = clock
+        self._numbers = count(1)
+        self._connections: dict[int, Connection] = {}
+        self._buckets: dict[str, TokenBucket] = {}
+        self._buckets_dropped_at = clock()
+
+    # --- Host --------------------------------------------------------------------------------------------------------
+
+    def connected(self, transport: Transport, codec: FrameCodec, remote: str, now: float) -> Connection:
+        """See `Host.connected`."""
+        session = Session(self.instance_id, next(self._numbers), self._limits, now)
+        connection = Connection(self, session, transport, codec, remote)
+        self._connections[session.connection] = connection
+        self.wheel.arm(connection, session.deadline(now), now)
+        return connection
+
+    @property
+    def load(self) -> int:
+        """Connections in hand."""
+        return len(self._connections)
+
+    @property
+    def in_flight(self) -> int:
+        """Messages without an outcome, over all connections."""
+        return sum(len(c.session.in_flight) for c in self._connections.values() if c.session.in_flight)
+
+    def attachments(self) -> Iterator[Attachment]:
+        """Every authenticated connection."""
+        for connections in self.users.values():
+            for connection in connections:
+                if connection.attachment is not None:
+                    yield connection.attachment
+
+    def remove(self, connection: Connection) -> None:
+        """Route nothing here any more and take the registration back."""
+        self._connections.pop(connection.session.connection, None)
+        attachment = connection.attachment
+        if attachment is None:
+            return
+        rest = tuple(other for other in self.users.get(attachment.user_id, ()) if other is not connection)
+        if rest:
+            self.users[attachment.user_id] = rest
+        else:
+            self.users.pop(attachment.user_id, None)
+        self.broker.detach(attachment)
+
+    def forget(self, connection: Connection) -> None:
+        """The socket is gone."""
+        session = connection.session
+        _log.info(
+            "disconnected",
+            connection=session.connection,
+            user=session.user_id,
+            device=session.device_id,
+            code=connection.close_code,
+            seconds=round(self._clock() - connection.opened_at, 3),
+        )
+
+    # --- commands of a session ---------------------------------------------------------------------------------------
+
+    def verify(self, connection: Connection, payload: frames.AuthPayload, now: float) -> None:
+        """Check a token and let the session know."""
+        session = connection.session
+        refused = self._refuse_early(payload)
+        if refused is None:
+            match self._admission.check(payload, _host(connection.remote), now, self.wall_ms()):
+                case Refused() as refused:
+                    self.counts.auth_failures += 1
+                case Admitted() as admitted:
+                    session_id = keys.new_id("sess", self.wall_ms(), int.from_bytes(os.urandom(8)))
+                    bucket = self._bucket(admitted.user_id, now)
+                    todo = session.admit(
+                        admitted.user_id, admitted.device_id, session_id, admitted.expires_at, bucket, now
+                    )
+                    connection.run(todo, now)
+                    return
+        self.refusals[refused.code] += 1
+        connection.run(session.refuse(refused.code, refused.retry_after_ms), now)
+
+    def _refuse_early(self, payload: frames.AuthPayload) -> Refused | None:
+        if self.draining:
+            return Refused(AuthErrorCode.DRAINING)
+        if self.broker.missing():
+            return Refused(AuthErrorCode.SERVER_BUSY, _RETRY_MS)
+        devices = {other.session.device_id for other in self.users.get(payload.user_id, ())}
+        if payload.device_id not in devices and len(devices) >= self._devices_per_user:
+            return Refused(AuthErrorCode.DEVICE_LIMIT)
+        return None
+
+    def _bucket(self, user_id: str, now: float) -> TokenBucket:
+        bucket = self._buckets.get(user_id)
+        if bucket is None:
+            bucket = TokenBucket(self._limits.message_rate, self._limits.message_burst, now)
+            self._buckets[user_id] = bucket
+        return bucket
+
+    def drop_idle_buckets(self, now: float) -> None:
+        """Forget the buckets of users who have gone. Once a minute: by then they would be full again."""
+        refill_seconds = self._limits.message_burst / self._limits.message_rate
+        if now - self._buckets_dropped_at >= max(60.0, refill_seconds):
+            self._buckets_dropped_at = now
+            for user_id in [user_id for user_id in self._buckets if user_id not in self.users]:
+                del self._buckets[user_id]
+
+    def attach(self, connection: Connection) -> None:
+        """The session knows its user: route to it, and let the newest connection of the device win."""
+        session = connection.session
+        attachment = Attachment(session.user_id, session.device_id, session.connection, self.wall_ms())
+        connection.attachment = attachment
+        before = self.users.get(session.user_id, ())
+        self.users[session.user_id] = (*before, connection)
+        self.broker.attach(attachment)
+        for other in before:
+            if other.session.device_id == session.device_id:
+                self._replace(other)
+        _log.info(
+            "connected",
+            connection=session.connection,
+            user=session.user_id,
+            device=session.device_id,
+            remote=connection.remote,
+            codec=connection.codec.subprotocol,
+        )
+
+    def _replace(self, connection: Connection) -> None:
+        self.counts.replaced += 1
+        self._guard(connection, lambda: connection.run(connection.session.replaced(), self._clock()))
+
+    def publish(self, connection: Connection, record: records.SendMessage, now: float) -> None:
+        """Hand a message to its shard, or answer at once."""
+        self.counts.published += 1
+        code = self.broker.publish(record)
+        if code is not None:
+            self.counts.publish_failures += 1
+            connection.run(connection.session.publish_failed(record.idempotency_key, code, _RETRY_MS), now)
+
+    def ask(self, connection: Connection, query: records.Query, now: float) -> None:
+        """Hand a query to the workers, or answer at once."""
+        code = self.broker.ask(query)
+        if code is not None:
+            self._answer_lost_query(connection, query, code, now)
+
+    def _answer_lost_query(self, connection: Connection, query: records.Query, code: ErrorCode, now: float) -> None:
+        """The session repeats pages and its opening by itself; a client's own question needs an answer."""
+        if isinstance(query, records.OpenQuery) and connection.session.blocked:
+            connection.run(connection.session.refuse(AuthErrorCode.SERVER_BUSY, _RETRY_MS), now)
+        elif isinstance(query, records.RangeQuery | records.HistoryQuery):
+            frame = frames.error_frame(
+                code,
+                "not answered; ask again",
+                conversation_id=query.conversation_id,
+                retry_after_ms=_RETRY_MS,
+                in_reply_to="retransmit" if isinstance(query, records.RangeQuery) else "history",
+            )
+            connection.send(Outgoing(JSON.encode(frame)))
+
+    # --- Receiver ----------------------------------------------------------------------------------------------------
+
+    def publish_failed(self, connection: int, idempotency_key: str, code: ErrorCode) -> None:
+        """See `Receiver.publish_failed`."""
+        self.counts.publish_failures += 1
+        target = self._connections.get(connection)
+        if target is not None:
+            step = lambda now, wall_ms: target.session.publish_failed(idempotency_key, code, _RETRY_MS)  # noqa: E731
+            self._guard(target, lambda: target.react(step, self._clock(), self.wall_ms()))
+
+    def query_failed(self, query: records.Query, code: ErrorCode) -> None:
+        """See `Receiver.query_failed`."""
+        if isinstance(query, records.HeadsQuery):
+            return
+        target = self._connections.get(query.connection)
+        if target is not None:
+            self._guard(target, lambda: self._answer_lost_query(target, query, code, self._clock()))
+
+    def recovered(self, forgotten: bool) -> None:
+        """See `Receiver.recovered`."""
+        if forgotten:
+            self.registry.hurry()
+        self.heads.hurry()
+
+    def _guard(self, connection: Connection, step: Callable[[], None]) -> None:
+        try:
+            step()
+        except Exception:  # noqa: BLE001 -- boundary "connection": one bad connection must not disturb another
+            connection.isolate()
+
+    def route(self, items: Sequence[records.DownItem]) -> None:
+        """See `Receiver.route`. In order; what is for a connection that has gone is dropped."""
+        now = self._clock()
+        wall_ms = self.wall_ms()
+        for item in items:
+            kind = type(item)
+            if kind is records.Delivery:
+                self._route_delivery(item, now, wall_ms)  # type: ignore[arg-type]
+            elif kind is records.Outcome:
+                self.counts.outcomes += 1
+                target = self._connections.get(item.connection)  # type: ignore[union-attr]
+                if target is not None:
+                    try:
+                        target.settle(item)  # type: ignore[arg-type]
+                    except Exception:  # noqa: BLE001 -- boundary "connection"
+                        target.isolate()
+            elif kind is records.Notice:
+                self._route_notice(item)  # type: ignore[arg-type]
+            elif kind is records.HeadsAnswer:
+                self.heads.answered(item, now)  # type: ignore[arg-type]
+            elif kind is not records.CommandOutcome:
+                self._route_answer(item, now, wall_ms)  # type: ignore[arg-type]
+
+    def _route_delivery(self, item: records.Delivery, now: float, wall_ms: int) -> None:
+        """The fan-out: one encoded frame, written to everybody who continues with it."""
+        outgoing = Outgoing(item.frame)
+        conversation_id, first, last, skip = item.conversation_id, item.from_sequence, item.to_sequence, item.skip
+        users = self.users
+        written = 0
+        for user_id in item.users:
+            for connection in users.get(user_id, ()):
+                session = connection.session
+                try:
+                    if session.deliver(conversation_id, first, last):
+                        transport = connection.transport
+                        if session.connection != skip and transport is not None:
+                            transport.send_nowait(outgoing)
+                            written += 1
+                    else:
+                        self.counts.catch_ups += 1
+                        self.pump(connection, now, wall_ms)
+                except Exception:  # noqa: BLE001 -- boundary "connection"
+                    connection.isolate()
+        self.counts.deliveries += written
+
+    def pump(self, connection: Connection, now: float, wall_ms: int) -> None:
+        """Let a connection that is behind ask for its next page."""
+        todo = connection.session.pump(now, wall_ms)
+        if todo:
+            connection.run(todo, now)
+            if connection.due > now + 3.0:
+                self.wheel.arm(connection, now + 1.0, now)
+
+    def _route_notice(self, item: records.Notice) -> None:
+        outgoing = Outgoing(item.frame)
+        for user_id in item.users:
+            for connection in self.users.get(user_id, ()):
+                try:
+                    connection.send(outgoing)
+                except Exception:  # noqa: BLE001 -- boundary "connection"
+                    connection.isolate()
+
+    def _route_answer(
+        self,
+        item: records.OpenAnswer | records.PageAnswer | records.Reply | records.Replaced,
+        now: float,
+        wall_ms: int,
+    ) -> None:
+        target = self._connections.get(item.connection)
+        if target is None:
+            return
+        session = target.session
+        try:
+            if isinstance(item, records.OpenAnswer):
+                target.react(lambda now, wall_ms: session.opened(item, now, wall_ms), now, wall_ms)
+                if target.transport is not None:
+                    self.wheel.arm(target, session.deadline(now), now)
+            elif isinstance(item, records.PageAnswer):
+                self.counts.pages += 1
+                target.run(session.page(item, now, wall_ms), now)
+            elif isinstance(item, records.Reply):
+                target.send(Outgoing(item.frame))
+            else:
+                self._replace(target)
+        except Exception:  # noqa: BLE001 -- boundary "connection"
+            target.isolate()
+
+    # --- sweeps and drain --------------------------------------------------------------------------------------------
+
+    def sweep(self, now: float) -> None:
+        """Once a second: ask for heads, repair what stayed behind, keep the registry alive."""
+        wall_ms = self.wall_ms()
+        for query in self.heads.due_queries(now):
+            self.broker.ask(query)
+        for connection, conversation_id, head in self.heads.due_suspects(now):
+            if connection.transport is not None and connection.session.head_seen(conversation_id, head):
+                self.counts.repairs += 1
+                connection.session.note_head(conversation_id, head)
+                self._guard(connection, lambda target=connection: self.pump(target, now, wall_ms))  # type: ignore[misc]
+        for attachments in self.registry.due():
+            self.broker.refresh(attachments)
+        self.drop_idle_buckets(now)
+
+    def close_all(self, code: CloseCode) -> None:
+        """End every session: error-free close, registration taken back."""
+        for connection in list(self._connections.values()):
+            self._guard(connection, lambda target=connection: target.run(target.session.close(code), self._clock()))  # type: ignore[misc]
+
+
+def _host(remote: str) -> str:
+    """The address without its port."""
+    host, separator, port = remote.rpartition(":")
+    return host if separator and port.isdecimal() else remote

@@ -1,0 +1,131 @@
+"""The gateway's settings: `TRIREME_*` environment variables, read once into a frozen struct.
+
+Called by `__main__` only; everyone else is handed the struct or a part of it. A missing or malformed variable is one
+line that names it, before anything starts. No value is ever repeated in an error: some are secrets.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from gateway.admission import PublicKeys
+from gateway.transport import WEBSOCKET_PATH, TransportLimits
+from gateway.wire import Address
+from protocol import dev_keys, keys
+from protocol.limits import Limits
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+PREFIX: Final = "TRIREME_"
+DEV: Final = "dev"
+_DEV_DEFAULTS: Final = {
+    "redis_url": "redis://127.0.0.1:6379/0",
+    "jwt_public_key": dev_keys.PUBLIC_JWK,
+}
+"""Where `bench services` listens, and the public half of the dev key pair. No other environment has them."""
+_DERIVED: Final = frozenset(("origins", "max_message_bytes"))
+"""Transport limits that other settings decide."""
+
+Port = Annotated[int, Meta(ge=1, le=65535)]
+Struct = TypeVar("Struct", bound=msgspec.Struct)
+
+
+class SettingError(Exception):
+    """One line for the operator; begins with the variable's name."""
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """Field `x` is the variable `TRIREME_X`; the fields of `limits` and `transport_limits` are variables of their own
+    likewise."""
+
+    env: Annotated[str, Meta(pattern=r"\A[a-z][a-z0-9-]{0,31}\Z")] = "production"
+    redis_url: str
+    jwt_public_key: str
+    """A JWK or JWK set, JSON, Ed25519."""
+    gateway_host: Annotated[str, Meta(min_length=1)] = "127.0.0.1"
+    gateway_port: Port = 8765
+    gateway_transport: Literal["epoll", "trio-websocket"] = "epoll"
+    gateway_endpoint: str = ""
+    """Where clients reach this instance; `ws://host:port/v1/ws` when empty."""
+    shards: Annotated[int, Meta(ge=1, le=keys.MAX_SHARDS)] = keys.DEFAULT_SHARDS
+    drain_seconds: Annotated[float, Meta(gt=0, le=300)] = 4.0
+    """From SIGTERM to the end of the process. honcho kills after 5 s; a service manager may allow 30 s."""
+    devices_per_user: Annotated[int, Meta(ge=1, le=1000)] = 8
+    auth_failures_per_minute: Annotated[int, Meta(ge=1)] = 10
+    """Bad tokens from one address; beyond it only tokens seen lately are let in."""
+    redis_deadline_seconds: Annotated[float, Meta(ge=0.5, le=60)] = 2.0
+    """The longest a client waits to hear that its message could not be handed over (reliability.md, F-R4)."""
+    redis_outstanding: Annotated[int, Meta(ge=100, le=1_000_000)] = 20_000
+    """Commands without an answer: 0.4 s of what one Valkey core takes (50,000 XADD/s); past it clients are told
+    `overloaded`."""
+    receipts_waiting: Annotated[int, Meta(ge=100, le=10_000_000)] = 100_000
+    """Receipts kept while Redis is away, about 20 MB; past it they are dropped, the reader's next one makes up for
+    them."""
+    origins: str = ""
+    """Comma-separated values of `Origin` that may connect; empty: any. Clients that are no browsers send none."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    limits: Limits
+    transport_limits: TransportLimits
+
+    @property
+    def address(self) -> Address:
+        """Where Redis is."""
+        return Address.parse(self.redis_url)
+
+    @property
+    def endpoint(self) -> str:
+        """What the instance's lease says."""
+        host = f"[{self.gateway_host}]" if ":" in self.gateway_host else self.gateway_host
+        return self.gateway_endpoint or f"ws://{host}:{self.gateway_port}{WEBSOCKET_PATH}"
+
+
+def load_settings(environ: Mapping[str, str]) -> Settings:
+    """Raises SettingError."""
+    is_dev = environ.get(f"{PREFIX}ENV", "") == DEV
+    values: dict[str, Any] = {}
+    for field in msgspec.structs.fields(Settings):
+        if field.name in ("limits", "transport_limits"):
+            continue
+        variable = f"{PREFIX}{field.name.upper()}"
+        text = environ.get(variable, "") or (_DEV_DEFAULTS.get(field.name, "") if is_dev else "")
+        if text:
+            values[field.name] = _convert(variable, text, field.type)
+        elif field.required:
+            raise SettingError(f"{variable} is not set")
+    limits = _load_limits(environ, Limits)
+    origins = frozenset(origin.strip() for origin in values.get("origins", "").split(",") if origin.strip())
+    transport_limits = msgspec.structs.replace(
+        _load_limits(environ, TransportLimits), max_message_bytes=limits.max_frame_bytes, origins=origins or None
+    )
+    _check(f"{PREFIX}REDIS_URL", Address.parse, values["redis_url"])
+    _check(f"{PREFIX}JWT_PUBLIC_KEY", PublicKeys, values["jwt_public_key"])
+    return Settings(**values, limits=limits, transport_limits=transport_limits)
+
+
+def _load_limits(environ: Mapping[str, str], kind: type[Struct]) -> Struct:
+    """Every limit is a positive number: none of them means anything at zero."""
+    values: dict[str, Any] = {}
+    for field in msgspec.structs.fields(kind):
+        variable = f"{PREFIX}{field.name.upper()}"
+        text = environ.get(variable, "")
+        if text and field.name not in _DERIVED:
+            values[field.name] = _convert(variable, text, Annotated[field.type, Meta(gt=0)])
+    return kind(**values)
+
+
+def _convert(variable: str, text: str, kind: Any) -> Any:
+    try:
+        return msgspec.convert(text, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise SettingError(f"{variable} is malformed: {error}") from None
+
+
+def _check(variable: str, parse: Any, text: str) -> None:
+    try:
+        parse(text)
+    except ValueError as error:
+        raise SettingError(f"{variable} is malformed: {error}") from None
