@@ -50,7 +50,8 @@ class Member(msgspec.Struct):
 class Connect(msgspec.Struct, tag="connect", tag_field="do"):
     """Connect and authenticate all members, more of them each time it is given; answers when every backlog has come."""
 
-    url: str
+    urls: list[str]
+    """The gateways; members take them in turn, so that the two of a pair are at different ones."""
     subprotocol: str
     conversations: list[str]
     members: list[Member]
@@ -232,7 +233,8 @@ class Load:
                     reader = Reader(len(self.connections), log, self.violations)
                     connection = Connection(self, reader, member, command, codec)
                     self.connections.append(connection)
-                    tasks.start_soon(_open, connection, command, limiter)
+                    url = command.urls[reader.index % len(command.urls)]
+                    tasks.start_soon(_open, connection, url, command, limiter)
             await self._ready.wait()
         gc.collect()
         gc.freeze()
@@ -258,11 +260,11 @@ class Load:
                 connection.transport.disconnect(False)
 
 
-async def _open(connection: Connection, command: Connect, limiter: anyio.CapacityLimiter) -> None:
+async def _open(connection: Connection, url: str, command: Connect, limiter: anyio.CapacityLimiter) -> None:
     async with limiter:
         await picows.ws_connect(
             lambda: connection,
-            command.url,
+            url,
             extra_headers={"Sec-WebSocket-Protocol": command.subprotocol},
             read_buffer_init_size=READ_BUFFER_BYTES,
             websocket_handshake_timeout=command.timeout_seconds,

@@ -1,6 +1,6 @@
 """The load driver's compact ledger: every message checked, at a few list operations each.
 
-`driver` tells it what each connection saw; it says what was lost, doubled, out of order, contradicted or went backwards.
+`driver` tells it what each connection saw; it says what was lost, doubled, out of order, contradicted, or went back.
 A *mark* is the number a message carries at the front of its content and as its client_message_id: member × 10^8 +
 count. Never does I/O.
 """
