@@ -15,13 +15,14 @@ import msgspec
 import structlog
 
 from gateway.admission import Admission, Admitted, Refused
+from gateway.connection import Connection
 from gateway.registry import Attachment
 from gateway.sweep import HeadSweep, RegistrySweep
 from gateway.timers import TimerWheel
 from gateway.transport import HttpAnswer, Outgoing, Transport
-from protocol import commands, frames, keys, records
+from protocol import frames, keys, records
 from protocol.codec import JSON, FrameCodec
-from protocol.errors import AuthErrorCode, CloseCode, ErrorCode, RemoteProtocolError
+from protocol.errors import AuthErrorCode, CloseCode, ErrorCode
 from protocol.limits import Limits, TokenBucket
 from protocol.session import Session
 
@@ -53,148 +54,6 @@ class Counts(msgspec.Struct):
     auth_failures: int = 0
     isolated_errors: int = 0
     """Bugs that ended one connection instead of the process; must stay 0."""
-
-
-class Connection:
-    """One client: its session, its transport, its place in the hub. Implements `transport.Link` and `timers.Timed`."""
-
-    __slots__ = ("attachment", "close_code", "codec", "due", "hub", "opened_at", "remote", "session", "transport")
-
-    def __init__(self, hub: Hub, session: Session, transport: Transport, codec: FrameCodec, remote: str) -> None:
-        self.hub = hub
-        self.session = session
-        self.transport: Transport | None = transport
-        """None as soon as nothing may be written any more."""
-        self.codec = codec
-        self.remote = remote
-        self.attachment: Attachment | None = None
-        self.opened_at = session.heard_at
-        self.close_code: CloseCode | None = None
-        self.due = 0
-
-    # --- Link --------------------------------------------------------------------------------------------------------
-
-    @property
-    def blocked(self) -> bool:
-        """See `Link.blocked`. While the gateway drains nothing new is taken, so that the windows run empty."""
-        return self.session.blocked or self.hub.draining
-
-    def heard(self, now: float) -> None:
-        """See `Link.heard`."""
-        self.session.heard_at = now
-
-    def receive(self, payload: bytes | bytearray | memoryview, now: float) -> None:
-        """See `Link.receive`."""
-        session = self.session
-        try:
-            frame = self.codec.decode(payload)
-        except RemoteProtocolError as error:
-            self.run(session.receive_refused(error, now), now)
-        else:
-            self.run(session.receive(frame, now, self.hub.wall_ms()), now)
-        if self.due > now + 3.0 and session.deadline(now) < now + 2.0:
-            self.hub.wheel.arm(self, now + 1.0, now)
-
-    def overflowed(self) -> None:
-        """See `Link.overflowed`."""
-        self.session.lagging = True
-
-    def drained(self, now: float) -> None:
-        """See `Link.drained`."""
-        self.session.lagging = False
-        self.run(self.session.pump(now, self.hub.wall_ms()), now)
-
-    def lost(self) -> None:
-        """See `Link.lost`."""
-        self.session.closed()
-        self.leave()
-        self.hub.forget(self)
-
-    # --- Timed -------------------------------------------------------------------------------------------------------
-
-    def expired(self, now: float) -> None:
-        """A deadline of the session may have passed."""
-        try:
-            was_blocked = self.blocked
-            self.run(self.session.tick(now, self.hub.wall_ms()), now)
-            if self.transport is not None:
-                self.hub.wheel.arm(self, self.session.deadline(now), now)
-                self._resume_after(was_blocked)
-        except Exception:  # noqa: BLE001 -- boundary "connection": one bad connection must not disturb another
-            self.isolate()
-
-    # --- what the session asks ---------------------------------------------------------------------------------------
-
-    def run(self, todo: Sequence[commands.Command], now: float) -> None:
-        """Carry out commands, in order."""
-        hub = self.hub
-        for command in todo:
-            kind = type(command)
-            if kind is commands.Publish:
-                hub.publish(self, command.record, now)  # type: ignore[union-attr]
-            elif kind is commands.Acknowledge:
-                hub.broker.acknowledge(command.mark)  # type: ignore[union-attr]
-            elif kind is commands.Ask:
-                hub.ask(self, command.query, now)  # type: ignore[union-attr]
-            elif kind is commands.Send:
-                self.send(Outgoing(JSON.encode(command.frame)))  # type: ignore[union-attr]
-            elif kind is commands.SendEncoded:
-                self.send(Outgoing(command.frame))  # type: ignore[union-attr,arg-type]
-            elif kind is commands.Ping:
-                if self.transport is not None:
-                    self.transport.ping_nowait()
-            elif kind is commands.Verify:
-                hub.verify(self, command.payload, now)  # type: ignore[union-attr]
-            elif kind is commands.Attach:
-                hub.attach(self)
-            elif kind is commands.Close:
-                self.close(command.code)  # type: ignore[union-attr]
-
-    def send(self, outgoing: Outgoing) -> None:
-        """Write one frame, unless the connection is ending."""
-        if self.transport is not None:
-            self.transport.send_nowait(outgoing)
-
-    def close(self, code: CloseCode) -> None:
-        """Start the close; nothing is routed here any more."""
-        transport = self.transport
-        self.close_code = code
-        self.leave()
-        if transport is not None:
-            transport.close_nowait(code)
-
-    def leave(self) -> None:
-        """Out of the hub's routing, once."""
-        if self.transport is not None:
-            self.transport = None
-            self.hub.wheel.disarm(self)
-            self.hub.remove(self)
-
-    def isolate(self) -> None:
-        """A bug showed on this connection: it ends, the others go on."""
-        self.hub.counts.isolated_errors += 1
-        _log.exception("connection_failed", connection=self.session.connection)
-        self.session.closed()
-        self.close(CloseCode.INTERNAL)
-
-    def _resume_after(self, was_blocked: bool) -> None:
-        if was_blocked and self.transport is not None and not self.blocked:
-            self.transport.resume_nowait()
-
-    # --- what workers answer -----------------------------------------------------------------------------------------
-
-    def settle(self, item: records.Outcome) -> None:
-        """A send was committed or refused."""
-        was_blocked = self.blocked
-        self.session.outcome(item.idempotency_key)
-        self.send(Outgoing(item.frame))
-        self._resume_after(was_blocked)
-
-    def react(self, step: Callable[[float, int], list[commands.Command]], now: float, wall_ms: int) -> None:
-        """Let the session take a step that may open its window."""
-        was_blocked = self.blocked
-        self.run(step(now, wall_ms), now)
-        self._resume_after(was_blocked)
 
 
 class Hub:
@@ -419,23 +278,22 @@ class Hub:
         now = self._clock()
         wall_ms = self.wall_ms()
         for item in items:
-            kind = type(item)
-            if kind is records.Delivery:
-                self._route_delivery(item, now, wall_ms)  # type: ignore[arg-type]
-            elif kind is records.Outcome:
+            if isinstance(item, records.Delivery):
+                self._route_delivery(item, now, wall_ms)
+            elif isinstance(item, records.Outcome):
                 self.counts.outcomes += 1
-                target = self._connections.get(item.connection)  # type: ignore[union-attr]
+                target = self._connections.get(item.connection)
                 if target is not None:
                     try:
-                        target.settle(item)  # type: ignore[arg-type]
+                        target.settle(item)
                     except Exception:  # noqa: BLE001 -- boundary "connection"
                         target.isolate()
-            elif kind is records.Notice:
-                self._route_notice(item)  # type: ignore[arg-type]
-            elif kind is records.HeadsAnswer:
-                self.heads.answered(item, now)  # type: ignore[arg-type]
-            elif kind is not records.CommandOutcome:
-                self._route_answer(item, now, wall_ms)  # type: ignore[arg-type]
+            elif isinstance(item, records.Notice):
+                self._route_notice(item)
+            elif isinstance(item, records.HeadsAnswer):
+                self.heads.answered(item, now)
+            elif not isinstance(item, records.CommandOutcome):
+                self._route_answer(item, now, wall_ms)
 
     def _route_delivery(self, item: records.Delivery, now: float, wall_ms: int) -> None:
         """The fan-out: one encoded frame, written to everybody who continues with it."""

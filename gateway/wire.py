@@ -104,7 +104,7 @@ def _wake(waiter: _Waiter, reply: Any) -> None:
 
 def pack(*args: str | bytes | int) -> bytes:
     """The bytes of one command."""
-    packed: bytes = hiredis.pack_command(args)  # type: ignore[arg-type] -- its stub knows tuples of one only
+    packed: bytes = hiredis.pack_command(args)  # type: ignore[arg-type]  # its stub knows 1-tuples
     return packed
 
 
