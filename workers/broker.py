@@ -1,23 +1,29 @@
 """The Redis side of every worker role: the only module here that imports redis.
 
-Called by the roles with records and plain values; never decides anything. Keys come from `protocol.keys`, scripts from `lua/`.
+Called by the roles with records and plain values; never decides anything. Keys come from `protocol.keys`, scripts from
+`lua/`.
 
-*Raises*: `BrokerUnavailable` where Redis cannot be reached or refuses for a reason that passes; `GroupMissing` where a consumer group is gone, so Redis
-came back empty. *Cancellation*: a cancelled command closes its pooled connection, so no reply can reach the next caller.
+*Raises*: `BrokerUnavailable` where Redis cannot be reached or refuses for a reason that passes; `GroupMissing` where a
+consumer group is gone, so Redis came back empty. *Cancellation*: a cancelled command closes its pooled connection, so
+no reply can reach the next caller.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
 import redis.asyncio
 import redis.exceptions
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 
 from protocol import codec, keys, records
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 
 LUA = Path(__file__).parent / "lua"
 DOWN_LIMIT = 100_000
@@ -56,6 +62,8 @@ async def open_broker(url: str) -> AsyncIterator[Broker]:
     """Connect lazily to Redis at `url`; closes its pool on exit."""
     client = redis.asyncio.Redis.from_url(
         url,
+        # No silent second try: an append must not be repeated, and a listener that reconnects is no longer tracked to.
+        retry=Retry(NoBackoff(), 0),
         decode_responses=False,
         protocol=2,
         socket_connect_timeout=2.0,
@@ -94,6 +102,8 @@ class Broker:
         self.client = client
         client.set_response_callback("XREADGROUP", _as_it_comes)
         client.set_response_callback("XREAD", _as_it_comes)
+        # One name for the library's untyped method.
+        self._execute: Callable[..., Awaitable[Any]] = client.execute_command
         self._settle = client.register_script((LUA / "settle.lua").read_bytes())
         self._hold = client.register_script((LUA / "hold_leases.lua").read_bytes())
         self._release = client.register_script((LUA / "release_leases.lua").read_bytes())
@@ -102,7 +112,7 @@ class Broker:
     async def _run(self, *args: Any) -> Any:
         with _passing_errors():
             with anyio.fail_after(COMMAND_SECONDS):
-                return await self.client.execute_command(*args)
+                return await self._execute(*args)
 
     # --- start-up ----------------------------------------------------------------------------------------------------
 
@@ -153,7 +163,7 @@ class Broker:
         with _passing_errors():
             # The client's own deadline: a blocking read must not hang when its connection dies silently.
             with anyio.move_on_after(block_ms / 1000 + 2) as scope:
-                reply = await self.client.execute_command(
+                reply = await self._execute(
                     "XREADGROUP", "GROUP", keys.INGEST_GROUP, keys.INGEST_CONSUMER,
                     "COUNT", count, "BLOCK", block_ms, "STREAMS", *streams, *[">"] * len(streams),
                 )  # fmt: skip
@@ -174,7 +184,8 @@ class Broker:
     ) -> None:
         """Append one record per instance, then acknowledge and trim: publishing comes first on the same connection.
 
-        A publish that Redis refuses is not repeated here: acks are asked for again by clients, pushes repaired by the sweep.
+        A publish that Redis refuses is not repeated here: acks are asked for again by clients, pushes repaired by the
+        sweep.
         """
         with _passing_errors():
             async with self.client.pipeline(transaction=False) as pipe:
@@ -200,7 +211,7 @@ class Broker:
         """(entry id, encoded items) after `last_id`, waiting up to `block_ms`."""
         with _passing_errors():
             with anyio.move_on_after(block_ms / 1000 + 2) as scope:
-                reply = await self.client.execute_command(
+                reply = await self._execute(
                     "XREAD", "COUNT", 100, "BLOCK", block_ms, "STREAMS", keys.down(instance_id), last_id
                 )
             if scope.cancelled_caught:
@@ -218,11 +229,13 @@ class Broker:
         await self._run("XADD", keys.QUERY, "MAXLEN", "~", QUERY_LIMIT, "*", keys.FIELD, codec.encode_record(query))
 
     async def read_queries(self, consumer: str, count: int, block_ms: int) -> list[bytes]:
-        """Encoded queries nobody else has read. Without acknowledgement: a worker that dies leaves them to be asked again."""
+        """Encoded queries nobody else has read. Without acknowledgement: a worker that dies leaves them to be asked
+        again.
+        """
         try:
             with _passing_errors():
                 with anyio.move_on_after(block_ms / 1000 + 2) as scope:
-                    reply = await self.client.execute_command(
+                    reply = await self._execute(
                         "XREADGROUP", "GROUP", keys.QUERY_GROUP, consumer,
                         "COUNT", count, "BLOCK", block_ms, "NOACK", "STREAMS", keys.QUERY, ">",
                     )  # fmt: skip
@@ -276,8 +289,8 @@ class Broker:
                 live[name] = codec.decode_instance(value)
         return live
 
-    async def locate(self, user_ids: Sequence[str]) -> dict[str, frozenset[str]]:
-        """User → ids of the instances that hold a connection of theirs (empty: offline)."""
+    async def locate(self, user_ids: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        """User → ids of the instances that hold its connections, one per device (empty: offline)."""
         with _passing_errors():
             async with self.client.pipeline(transaction=False) as pipe:
                 for user_id in user_ids:
@@ -285,7 +298,7 @@ class Broker:
                 with anyio.fail_after(COMMAND_SECONDS):
                     replies = await pipe.execute()
         return {
-            user_id: frozenset(codec.decode_registry(value).instance_id for value in reply)
+            user_id: tuple(codec.decode_registry(value).instance_id for value in reply)
             for user_id, reply in zip(user_ids, replies, strict=True)
         }
 
@@ -297,6 +310,10 @@ class Broker:
         with _passing_errors():
             with anyio.fail_after(COMMAND_SECONDS):
                 await self._push_inbox(keys=[keys.inbox(user_id) for user_id in inboxes], args=argv)
+
+    async def read_inbox(self, user_id: str, count: int) -> list[str]:
+        """The oldest `count` ids of a user's inbox."""
+        return [name.decode() for name in await self._run("LRANGE", keys.inbox(user_id), 0, count - 1)]
 
     async def drop_from_inbox(self, delivered: Mapping[str, list[str]]) -> None:
         """Remove message ids that were delivered."""
@@ -310,22 +327,23 @@ class Broker:
 
     @asynccontextmanager
     async def registry_changes(self) -> AsyncIterator[AsyncIterator[list[str] | None]]:
-        """Server-assisted invalidation: yields the users whose `connection:{user_id}` changed, None for "anything may have".
+        """Server-assisted invalidation: yields the users whose `connection:{user_id}` changed, None for "anything may
+        have".
 
-        One connection listens on `__redis__:invalidate`, another tracks the key prefix in broadcast mode and redirects to it
-        (https://valkey.io/topics/client-side-caching/). Raises BrokerUnavailable when either breaks: the caller forgets all it cached.
+        One connection listens on `__redis__:invalidate`, another tracks the key prefix in broadcast mode and redirects
+        to it (https://valkey.io/topics/client-side-caching/). Raises BrokerUnavailable when either breaks: the caller
+        forgets all it cached.
         """
         with _passing_errors():
             pubsub = self.client.pubsub()
             tracker = self.client.client()
             try:
-                await pubsub.connect()
-                connection = pubsub.connection
-                assert connection is not None
+                await pubsub.connect()  # type: ignore[no-untyped-call]
+                connection: Any = pubsub.connection
                 await connection.send_command("CLIENT", "ID")
                 listener_id = int(await connection.read_response())
                 await pubsub.subscribe("__redis__:invalidate")
-                await tracker.execute_command(
+                await tracker.execute_command(  # type: ignore[no-untyped-call]
                     "CLIENT", "TRACKING", "ON", "REDIRECT", listener_id, "BCAST", "PREFIX", keys.CONNECTION_PREFIX
                 )
                 yield _invalidations(pubsub, tracker)
@@ -335,7 +353,7 @@ class Broker:
                     await tracker.aclose()
 
 
-async def _invalidations(pubsub: Any, tracker: redis.asyncio.Redis) -> AsyncIterator[list[str] | None]:
+async def _invalidations(pubsub: Any, tracker: Any) -> AsyncIterator[list[str] | None]:
     prefix = len(keys.CONNECTION_PREFIX)
     while True:
         message = await pubsub.get_message(ignore_subscribe_messages=True, timeout=5.0)
@@ -349,8 +367,8 @@ async def _invalidations(pubsub: Any, tracker: redis.asyncio.Redis) -> AsyncIter
             yield [key[prefix:].decode() for key in (data if isinstance(data, list) else [data])]
 
 
-def _as_it_comes(reply: Any, **_: Any) -> Any:
-    return reply
+def _as_it_comes(response: Any, **options: Any) -> Any:
+    return response
 
 
 def _entries(reply: Any) -> list[StreamEntry]:

@@ -20,6 +20,21 @@ QUERY_SECONDS: Final = Histogram(
 )
 QUERIES_UNDER_WAY: Final = Gauge("trireme_queries_under_way", "Reads for gateways at work now")
 
+# --- ingest role -----------------------------------------------------------------------------------------------------
+
+INGESTED: Final = Counter("trireme_ingested_total", "Log entries by what became of them", ["outcome"])
+"""outcome: committed, duplicate, rejected, dead_letter, lost (trimmed while pending)."""
+BATCH_MESSAGES: Final = Histogram(
+    "trireme_ingest_batch_messages", "Messages per commit", buckets=(1, 2, 5, 10, 20, 50, 100, 200, 500)
+)
+COMMIT_SECONDS: Final = Histogram(
+    "trireme_ingest_commit_seconds", "One majority-journalled insert", buckets=_READ_BUCKETS
+)
+COMMIT_RETRIES: Final = Counter("trireme_ingest_retries_total", "Batches planned again", ["reason"])
+RECEIPTS: Final = Counter("trireme_receipts_total", "Receipts by what became of them", ["outcome"])
+DELIVERIES: Final = Counter("trireme_deliveries_total", "Runs of messages times the users they are for")
+SHARDS_HELD: Final = Gauge("trireme_shards_held", "Shards this process owns")
+
 # --- REST role -------------------------------------------------------------------------------------------------------
 
 REST_REQUESTS: Final = Counter("trireme_rest_requests_total", "HTTP requests answered", ["method", "status"])

@@ -1,0 +1,386 @@
+"""One lane: the stream loop over a disjoint set of shards. Read, batch, commit, tell, acknowledge last.
+
+Three tasks share a lane. The *reader* takes entries from the stream: receipts raise marks at once, everything else
+queues. The *writer* commits what has queued meanwhile, publishes it, then acknowledges. The *teller* sends receipts to
+authors and flushes marks. So receipts and the next batch overlap with a commit that waits for the journal, and a batch
+is whatever came during the one before.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict, deque
+from typing import TYPE_CHECKING, Final
+
+import anyio
+import msgspec
+import structlog
+
+from protocol import codec, records
+from protocol.models import DLQErrorType
+from workers import metrics
+from workers.broker import Broker, BrokerUnavailable, GroupMissing, Settlement, StreamEntry
+from workers.commit import Committer
+from workers.conversations import Conversations
+from workers.dead_letters import dead_letter, dead_letter_id
+from workers.delivery import Courier, Down, Registry
+from workers.plan import Entry, Plan
+from workers.receipts import Receipts
+from workers.store.errors import StoreUnavailable
+from workers.store.marks import HeadMark
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from datetime import datetime
+
+    from workers.store import Store
+    from workers.store.messages import Key
+
+BLOCK_MS: Final = 250
+"""How long a read waits: also how long a newly leased shard waits for its first read."""
+QUEUE_BATCHES: Final = 4
+"""Entries read ahead of the writer, in batches; past it the stream keeps them."""
+TELL_SECONDS: Final = 0.02
+"""Receipts of this long travel together (protocol.md: coalesced ≤ 100 ms)."""
+MARKS_SECONDS: Final = 0.25
+HEADS_SECONDS: Final = 1.0
+"""Flush periods of design.md section 5 step 7."""
+LONGEST_BACKOFF_SECONDS: Final = 2.0
+
+log = structlog.get_logger()
+
+
+class _ShardLog:
+    """What a lane has read of one shard: entries without an outcome, and those to acknowledge with the next publish."""
+
+    __slots__ = ("done", "outstanding")
+
+    def __init__(self) -> None:
+        self.outstanding: dict[bytes, None] = {}
+        self.done: list[bytes] = []
+
+    def settle(self, shard: int) -> Settlement:
+        """Acknowledge what is done; everything below the first entry without an outcome may be trimmed."""
+        done, self.done = self.done, []
+        return Settlement(shard, done, next(iter(self.outstanding), done[-1]))
+
+
+class Lane:
+    """Shards `index` modulo the number of lanes, as far as this worker holds their leases."""
+
+    def __init__(self, store: Store, broker: Broker, registry: Registry, batch: int, shards: int) -> None:
+        self._store = store
+        self._broker = broker
+        self._batch = batch
+        self._conversations = Conversations(store.conversations)
+        self._courier = Courier(registry)
+        self._receipts = Receipts(self._conversations, store.messages, store.marks, self._courier, shards)
+        self._committer = Committer(store, self._conversations, self._receipts.recent)
+        self._logs: dict[int, _ShardLog] = {}
+        self._new_shards: list[int] = []
+        self._queue: deque[Entry] = deque()
+        self._queued = anyio.Event()
+        self._room = anyio.Event()
+        self._to_tell = anyio.Event()
+        self._unflushed: list[tuple[int, bytes]] = []
+        self._heads: dict[str, HeadMark] = {}
+        self._keys: list[tuple[Key, str, datetime]] = []
+        self._inbox: dict[str, list[str]] = defaultdict(list)
+        self._marks_at = self._heads_at = 0.0
+        self._stopping = False
+
+    def set_shards(self, shards: frozenset[int]) -> None:
+        """The leases of this lane changed. What it had read of a lost shard is the next owner's."""
+        lost = self._logs.keys() - shards
+        for shard in lost:
+            del self._logs[shard]
+        if lost:
+            self._queue = deque(entry for entry in self._queue if entry.shard not in lost)
+            self._unflushed = [(shard, entry_id) for shard, entry_id in self._unflushed if shard not in lost]
+            self._conversations.forget_shards(shards)
+        for shard in shards - self._logs.keys():
+            self._logs[shard] = _ShardLog()
+            self._new_shards.append(shard)
+
+    async def run(self, stopping: anyio.Event) -> None:
+        """Work until `stopping`; then finish what was read and return."""
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._tell_loop, name="teller")
+            async with anyio.create_task_group() as movers:
+                movers.start_soon(self._write_loop, name="writer")
+                with anyio.CancelScope() as reading:
+                    movers.start_soon(self._cancel_when, stopping, reading)
+                    await self._read_loop()
+                self._stopping = True
+                self._queued.set()
+            group.cancel_scope.cancel()
+        await self._tick(force=True)
+
+    @staticmethod
+    async def _cancel_when(stopping: anyio.Event, scope: anyio.CancelScope) -> None:
+        await stopping.wait()
+        scope.cancel()
+
+    # --- reader ------------------------------------------------------------------------------------------------------
+
+    async def _read_loop(self) -> None:
+        backoff = 0.05
+        while True:
+            try:
+                while self._new_shards:
+                    await self._read_pending(self._new_shards[-1])
+                    self._new_shards.pop()
+                if not self._logs:
+                    await anyio.sleep(0.1)
+                    continue
+                await self._wait_for_room()
+                entries = await self._broker.read_ingest(sorted(self._logs), self._batch, BLOCK_MS)
+                await self._take(entries, redelivered=False)
+                backoff = 0.05
+            except GroupMissing:
+                await self._start_over()
+            except (BrokerUnavailable, StoreUnavailable) as error:
+                log.warning("lane_waits", error=str(error)[:200])
+                await anyio.sleep(backoff)
+                backoff = min(backoff * 2, LONGEST_BACKOFF_SECONDS)
+
+    async def _read_pending(self, shard: int) -> None:
+        """What the previous owner read and never acknowledged comes first, in order."""
+        after = b"0"
+        while shard in self._logs:
+            await self._wait_for_room()
+            entries = await self._broker.read_pending(shard, after, self._batch)
+            if not entries:
+                return
+            log.info("pending_taken_over", shard=shard, entries=len(entries))
+            await self._take(entries, redelivered=True)
+            after = entries[-1].entry_id
+
+    async def _wait_for_room(self) -> None:
+        while len(self._queue) >= self._batch * QUEUE_BATCHES:
+            self._room = anyio.Event()
+            await self._room.wait()
+
+    async def _start_over(self) -> None:
+        """Redis came back empty: nothing in memory about these shards can be trusted to be alone any more."""
+        log.warning("streams_missing", shards=len(self._logs))
+        try:
+            await self._broker.create_ingest_groups(self._logs)
+        except BrokerUnavailable:
+            await anyio.sleep(0.1)
+            return
+        for shard_log in self._logs.values():
+            shard_log.outstanding.clear()
+            shard_log.done.clear()
+        self._conversations.forget_shards(frozenset())
+
+    async def _take(self, entries: Sequence[StreamEntry], redelivered: bool) -> None:
+        for entry in entries:
+            shard_log = self._logs.get(entry.shard)
+            if shard_log is None:
+                continue
+            shard_log.outstanding[entry.entry_id] = None
+            if entry.payload is None:
+                metrics.INGESTED.labels("lost").inc()
+                self._done(entry.shard, entry.entry_id)
+                continue
+            try:
+                record = codec.decode_ingest(entry.payload)
+            except msgspec.DecodeError as error:
+                await self._bury_unreadable(entry, entry.payload, str(error))
+                continue
+            if isinstance(record, records.Receipts):
+                self._receipts.receive(record)
+                self._unflushed.append((entry.shard, entry.entry_id))
+                self._to_tell.set()
+            else:
+                self._queue.append(Entry(entry.shard, entry.entry_id, record, redelivered))
+        if self._queue:
+            self._queued.set()
+
+    async def _bury_unreadable(self, entry: StreamEntry, raw: bytes, reason: str) -> None:
+        document = dead_letter(reason, DLQErrorType.VALIDATION_FAILED, _now_ms(), raw=raw)
+        letter_id = dead_letter_id(str(entry.shard), entry.entry_id.decode())
+        await self._store.messages.bury(letter_id, document)
+        metrics.INGESTED.labels("dead_letter").inc()
+        log.error("entry_unreadable", shard=entry.shard, reason=reason[:200])
+        self._done(entry.shard, entry.entry_id)
+
+    def _done(self, shard: int, entry_id: bytes) -> None:
+        shard_log = self._logs.get(shard)
+        if shard_log is not None:
+            shard_log.outstanding.pop(entry_id, None)
+            shard_log.done.append(entry_id)
+
+    # --- writer ------------------------------------------------------------------------------------------------------
+
+    async def _write_loop(self) -> None:
+        while True:
+            while not self._queue:
+                if self._stopping:
+                    return
+                self._queued = anyio.Event()
+                await self._queued.wait()
+            batch = self._next_batch()
+            self._room.set()
+            for plan in await self._commit(batch):
+                await self._publish(plan)
+            for entry in batch:
+                self._done(entry.shard, entry.entry_id)
+            await self._publish_and_settle({})
+
+    def _next_batch(self) -> list[Entry]:
+        """Up to a batch, in order; no conversation takes more than half of it while others wait."""
+        batch: list[Entry] = []
+        held_back: list[Entry] = []
+        taken: dict[str, int] = defaultdict(int)
+        most = max(1, self._batch // 2)
+        while self._queue and len(batch) < self._batch:
+            entry = self._queue.popleft()
+            if taken[entry.conversation_id] >= most:
+                held_back.append(entry)
+            else:
+                taken[entry.conversation_id] += 1
+                batch.append(entry)
+        self._queue.extendleft(reversed(held_back))
+        return batch
+
+    async def _commit(self, batch: list[Entry]) -> list[Plan]:
+        """Commit together; where that fails for a reason nobody foresaw, one by one, and bury the one that fails
+        alone.
+        """
+        try:
+            return [await self._committer.commit(batch, _now_ms())]
+        except Exception as error:
+            log.exception("batch_failed", entries=len(batch))
+            if len(batch) > 1:
+                return [plan for entry in batch for plan in await self._commit([entry])]
+            await self._bury_poison(batch[0], error)
+            return []
+
+    async def _bury_poison(self, entry: Entry, error: Exception) -> None:
+        document = dead_letter(repr(error), DLQErrorType.UNKNOWN, _now_ms(), raw=codec.encode_record(entry.record))
+        while True:
+            try:
+                await self._store.messages.bury(dead_letter_id(*entry.key), document)
+                return
+            except StoreUnavailable:
+                await anyio.sleep(LONGEST_BACKOFF_SECONDS)
+
+    async def _publish(self, plan: Plan) -> None:
+        self._note_heads(plan)
+        while True:
+            down: Down = defaultdict(list)
+            try:
+                offline = await self._courier.deliver([*plan.again, *plan.committed], down)
+                break
+            except BrokerUnavailable as error:
+                log.warning("delivery_waits", error=str(error)[:200])
+                await anyio.sleep(0.2)
+        for user_id, messages in offline.items():
+            for message in messages:
+                assert isinstance(message.message_id, str)
+                self._inbox[user_id].append(message.message_id)
+                owned = self._conversations.get(message.conversation_id)
+                if owned is not None:
+                    owned.inboxed.setdefault(user_id, []).append((message.sequence_number, message.message_id))
+        for instance, item in plan.outcomes:
+            if instance:
+                down[instance].append(item)
+        await self._publish_and_settle(down)
+        self._to_tell.set()
+
+    def _note_heads(self, plan: Plan) -> None:
+        for document in plan.documents:
+            self._heads[document["conversation_id"]] = HeadMark(
+                document["conversation_id"],
+                document["sequence_number"],
+                document["countable"],
+                document["digest"],
+                document["created_at"],
+            )
+        self._keys += plan.keys
+
+    async def _publish_and_settle(self, down: Down) -> None:
+        settlements = [log_.settle(shard) for shard, log_ in self._logs.items() if log_.done]
+        if not down and not settlements:
+            return
+        try:
+            await self._broker.publish_and_settle(down, settlements)
+        except BrokerUnavailable as error:
+            # Senders ask again, the sweep repairs pushes, and entries stay pending until their ids come round again.
+            log.warning("publish_failed", instances=len(down), error=str(error)[:200])
+            for shard, entry_ids, _ in settlements:
+                if shard in self._logs:
+                    self._logs[shard].done = entry_ids + self._logs[shard].done
+
+    # --- teller ------------------------------------------------------------------------------------------------------
+
+    async def _tell_loop(self) -> None:
+        while True:
+            await self._to_tell.wait()
+            self._to_tell = anyio.Event()
+            while True:
+                await anyio.sleep(TELL_SECONDS)
+                await self._tick()
+                if not (self._receipts.waiting or self._unflushed or self._unsaved):
+                    break
+
+    @property
+    def _unsaved(self) -> bool:
+        return bool(self._heads or self._keys or self._inbox or self._conversations.dirty or self._conversations.lazy)
+
+    async def _tick(self, force: bool = False) -> None:
+        now = anyio.current_time()
+        try:
+            await self._receipts.resolve()
+            down: Down = defaultdict(list)
+            await self._receipts.tell(down, _now_ms())
+            await self._publish_and_settle(down)
+            if force or now - self._marks_at >= MARKS_SECONDS:
+                await self._flush_marks(lazy=False)
+                self._marks_at = now
+            if force or now - self._heads_at >= HEADS_SECONDS:
+                await self._flush_heads()
+                self._heads_at = now
+        except (StoreUnavailable, BrokerUnavailable) as error:
+            log.warning("flush_waits", error=str(error)[:200])
+            await anyio.sleep(0 if force else LONGEST_BACKOFF_SECONDS / 4)
+
+    async def _flush_marks(self, lazy: bool) -> None:
+        """Marks first, then the acknowledgement of the receipts that moved them."""
+        entries: list[tuple[int, bytes]] = []
+        if self._receipts.resolved:
+            entries, self._unflushed = self._unflushed, []
+        try:
+            await self._receipts.flush(lazy)
+        except BaseException:
+            self._unflushed = entries + self._unflushed
+            raise
+        for shard, entry_id in entries:
+            self._done(shard, entry_id)
+        if entries:
+            await self._publish_and_settle({})
+        delivered, self._receipts.delivered_ids = self._receipts.delivered_ids, {}
+        if delivered:
+            await self._broker.drop_from_inbox(delivered)
+
+    async def _flush_heads(self) -> None:
+        """Inboxes, then all marks, then the heads that say the marks are written."""
+        inbox, self._inbox = self._inbox, defaultdict(list)
+        if inbox:
+            await self._broker.push_inbox(inbox)
+        heads, self._heads = self._heads, {}
+        keys, self._keys = self._keys, []
+        try:
+            await self._flush_marks(lazy=True)
+            await self._store.messages.remember_keys(keys)
+            await self._store.marks.flush_heads(list(heads.values()))
+        except BaseException:
+            self._heads = heads | self._heads
+            self._keys = keys + self._keys
+            raise
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

@@ -1,0 +1,112 @@
+"""Who owns which shard: leases in Redis, spread over the live workers by rendezvous hashing.
+
+Run by the ingest role. A lease organises, it never fences: two owners for a while are allowed, and the unique indexes
+of `messages` keep the log right (reliability.md section 10.4). An owner stops on its own monotonic clock before its
+lease ends.
+"""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+from typing import TYPE_CHECKING
+
+import anyio
+import structlog
+
+from protocol import keys, records
+from workers.broker import Broker, BrokerUnavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+RENEW_SECONDS = 1.5
+SAFETY_SECONDS = 1.5
+"""An owner with less than this left of its lease issues no more work (reliability.md section 10.4)."""
+MOVES_PER_ROUND = 64
+"""Shards given up per round when workers come or go; a moved shard costs its new owner one read of pending entries."""
+
+log = structlog.get_logger()
+
+
+def preferred_owner(shard: int, workers: Iterable[str]) -> str | None:
+    """Rendezvous hashing: the worker with the greatest hash of (shard, worker); a leaving worker moves only its own
+    shards.
+    """
+    return max(workers, key=lambda worker: blake2b(f"{shard}:{worker}".encode(), digest_size=8).digest(), default=None)
+
+
+class Leases:
+    """The shards this worker holds. `changed` is called after each change, with the shards held now."""
+
+    def __init__(self, broker: Broker, worker_id: str, shards: int, changed: Callable[[frozenset[int]], None]) -> None:
+        self._broker = broker
+        self._worker_id = worker_id
+        self._shards = shards
+        self._changed = changed
+        self._until: dict[int, float] = {}
+
+    @property
+    def held(self) -> frozenset[int]:
+        """Shards whose lease has `SAFETY_SECONDS` or more left by this process' monotonic clock."""
+        now = anyio.current_time()
+        return frozenset(shard for shard, until in self._until.items() if until - now >= SAFETY_SECONDS)
+
+    async def run(self) -> None:
+        """Take, renew and give up leases until cancelled."""
+        while True:
+            try:
+                await self._round()
+            except BrokerUnavailable as error:
+                log.warning("lease_round_failed", error=str(error))
+            self._drop_expired()
+            await anyio.sleep(RENEW_SECONDS)
+
+    async def _round(self) -> None:
+        live = await self._broker.live_instances()
+        workers = [name for name, info in live.items() if info.kind == "worker" and not info.draining]
+        if self._worker_id not in workers:
+            workers.append(self._worker_id)
+        wanted = [shard for shard in range(self._shards) if preferred_owner(shard, workers) == self._worker_id]
+        unwanted = sorted(set(self._until) - set(wanted))[:MOVES_PER_ROUND]
+        if unwanted:
+            for shard in unwanted:
+                del self._until[shard]
+            self._changed(self.held)
+            # The lane finishes the batch it has in hand; whoever takes over meanwhile is fenced by the indexes.
+            await self._broker.release_leases(self._worker_id, unwanted)
+        asked_at = anyio.current_time()
+        held = await self._broker.hold_leases(self._worker_id, wanted)
+        fresh = [shard for shard in held if shard not in self._until]
+        if fresh:
+            await self._broker.create_ingest_groups(fresh)
+        lost = [shard for shard in wanted if shard in self._until and shard not in set(held)]
+        for shard in lost:
+            del self._until[shard]
+        for shard in held:
+            self._until[shard] = asked_at + keys.LEASE_TTL_MS / 1000
+        if fresh or lost:
+            log.info("shards_changed", held=len(self._until), gained=len(fresh), lost=len(lost))
+            self._changed(self.held)
+
+    def _drop_expired(self) -> None:
+        held = self.held
+        expired = [shard for shard in self._until if shard not in held]
+        for shard in expired:
+            del self._until[shard]
+        if expired:
+            log.warning("leases_expired", shards=len(expired))
+            self._changed(held)
+
+    async def release(self) -> None:
+        """Give up everything, for a clean stop. Never raises: the leases end by themselves."""
+        shards = list(self._until)
+        self._until.clear()
+        try:
+            await self._broker.release_leases(self._worker_id, shards)
+        except BrokerUnavailable as error:
+            log.warning("lease_release_failed", error=str(error))
+
+
+def worker_info(endpoint: str, shards: int, draining: bool) -> records.InstanceInfo:
+    """What a worker says of itself under `instance:{id}`."""
+    return records.InstanceInfo("worker", endpoint, shards, draining)

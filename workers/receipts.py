@@ -1,0 +1,285 @@
+"""Delivered and read marks: resolve, raise, tell the authors, flush. One book per lane; overlaps with the lane's
+commits.
+
+Called by `consumer.py` with the receipt records of the stream. A mark lives in memory until the next flush (≤ 250 ms)
+and its stream entry is acknowledged only after that. Marks never go down: every step takes a maximum.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from protocol import codec, frames, keys, records
+from protocol.watermarks import unread
+from workers import metrics
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from workers.conversations import Conversations, Member, Owned
+    from workers.delivery import Courier, Down
+    from workers.store.marks import MarkStore
+    from workers.store.messages import MessageStore
+
+RECENT_MESSAGES = 50_000
+"""Messages whose place is remembered per generation, two generations: receipts mostly come within seconds (about 200
+bytes each).
+"""
+GROUP_AUTHORS_SPAN = 1000
+"""Most messages whose authors hear of one move of a group's mark; older ones see it when they next read."""
+
+
+class Place(NamedTuple):
+    """Where a committed message lies."""
+
+    conversation_id: str
+    sequence_number: int
+    countable: int
+
+
+class RecentPlaces:
+    """Message id → place for what was committed here lately: two generations, so that forgetting is one assignment."""
+
+    def __init__(self, limit: int = RECENT_MESSAGES) -> None:
+        self._limit = limit
+        self._young: dict[str, Place] = {}
+        self._old: dict[str, Place] = {}
+
+    def get(self, message_id: str) -> Place | None:
+        return self._young.get(message_id) or self._old.get(message_id)
+
+    def put(self, message_id: str, place: Place) -> None:
+        self._young[message_id] = place
+        if len(self._young) >= self._limit:
+            self._old, self._young = self._young, {}
+
+
+class _Moved:
+    """What the next tick tells about one member."""
+
+    __slots__ = ("delivered", "read")
+
+    def __init__(self) -> None:
+        self.delivered = self.read = False
+
+
+class Receipts:
+    """The marks of one lane's conversations. `receive` is atomic; `resolve`, `tell` and `flush` await."""
+
+    def __init__(
+        self, conversations: Conversations, messages: MessageStore, marks: MarkStore, courier: Courier, shards: int
+    ) -> None:
+        self._conversations = conversations
+        self._messages = messages
+        self._marks = marks
+        self._courier = courier
+        self._shards = shards
+        self.recent = RecentPlaces()
+        self._unresolved: list[records.Receipts] = []
+        self._moved: dict[tuple[str, str], _Moved] = {}
+        self.delivered_ids: dict[str, list[str]] = {}
+        """User → ids that were put into the inbox here and are delivered now; the lane takes them out."""
+
+    @property
+    def resolved(self) -> bool:
+        """Has every receipt received so far raised its mark (or been ignored)?"""
+        return not self._unresolved
+
+    @property
+    def waiting(self) -> bool:
+        """Is there anything to resolve or tell?"""
+        return bool(self._unresolved or self._moved)
+
+    def receive(self, record: records.Receipts) -> None:
+        """Raise the marks this record names; what is not in memory waits for `resolve`. Never awaits."""
+        delivered = [mark for mark in record.delivered if not self._deliver(mark)]
+        read = [rest for mark in record.read if (rest := self._read(mark)) is not None]
+        if delivered or read:
+            self._unresolved.append(records.Receipts(delivered, read))
+
+    def _deliver(self, mark: records.DeliveredMark) -> bool:
+        place = self.recent.get(mark.message_id)
+        owned = None if place is None else self._conversations.get(place.conversation_id)
+        if place is None or owned is None:
+            return False
+        self._raise_delivered(owned, mark.user_id, mark.device_id, place.sequence_number)
+        return True
+
+    def _read(self, mark: records.ReadMark) -> records.ReadMark | None:
+        unknown = []
+        for message_id in mark.message_ids:
+            place = self.recent.get(message_id)
+            owned = None if place is None else self._conversations.get(place.conversation_id)
+            if place is None or owned is None:
+                unknown.append(message_id)
+            else:
+                self._raise_read(owned, mark.user_id, mark.device_id, place)
+        return records.ReadMark(mark.user_id, mark.device_id, unknown) if unknown else None
+
+    def _visible(self, owned: Owned, user_id: str, sequence: int) -> Member | None:
+        member = owned.members.get(user_id)
+        if member is None or not member.join_seq <= sequence <= owned.last:
+            metrics.RECEIPTS.labels("ignored").inc()
+            return None
+        return member
+
+    def _raise_delivered(self, owned: Owned, user_id: str, device_id: str, sequence: int) -> None:
+        member = self._visible(owned, user_id, sequence)
+        if member is None:
+            return
+        key = (owned.conversation_id, user_id)
+        if sequence > member.devices.get(device_id, 0):
+            member.devices[device_id] = sequence
+            self._conversations.dirty[key] = member
+        if sequence > member.delivered:
+            member.delivered = sequence
+            self._moved.setdefault(key, _Moved()).delivered = True
+            self._leave_inbox(owned, user_id, sequence)
+
+    def _raise_read(self, owned: Owned, user_id: str, device_id: str, place: Place) -> None:
+        self._raise_delivered(owned, user_id, device_id, place.sequence_number)
+        member = owned.members.get(user_id)
+        if member is None or place.sequence_number <= member.read or place.sequence_number < member.join_seq:
+            return
+        member.read = place.sequence_number
+        member.read_countable = max(member.read_countable, place.countable)
+        key = (owned.conversation_id, user_id)
+        self._conversations.dirty[key] = member
+        self._moved.setdefault(key, _Moved()).read = True
+
+    def _leave_inbox(self, owned: Owned, user_id: str, sequence: int) -> None:
+        waiting = owned.inboxed.get(user_id)
+        if waiting:
+            gone = [message_id for at, message_id in waiting if at <= sequence]
+            if gone:
+                self.delivered_ids.setdefault(user_id, []).extend(gone)
+                owned.inboxed[user_id] = [item for item in waiting if item[0] > sequence]
+
+    async def resolve(self) -> None:
+        """Look up the messages of receipts that memory does not hold. Raises StoreUnavailable (nothing is lost: call
+        again).
+        """
+        if not self._unresolved:
+            return
+        pending, self._unresolved = self._unresolved, []
+        try:
+            await self._look_up(pending)
+        except BaseException:
+            self._unresolved = pending + self._unresolved
+            raise
+        for record in pending:
+            # What is still unknown is no message of ours, or not of this shard: ignored and counted, no oracle.
+            lost = sum(not self._deliver(mark) for mark in record.delivered)
+            lost += sum(self._read(mark) is not None for mark in record.read)
+            if lost:
+                metrics.RECEIPTS.labels("ignored").inc(lost)
+
+    async def _look_up(self, pending: list[records.Receipts]) -> None:
+        ids = {mark.message_id for record in pending for mark in record.delivered}
+        ids.update(message_id for record in pending for mark in record.read for message_id in mark.message_ids)
+        located = await self._messages.locate(list(ids))
+        shard_of = {at.conversation_id: keys.shard_of(at.conversation_id, self._shards) for at in located.values()}
+        await self._conversations.load(shard_of)
+        for message_id, at in located.items():
+            self.recent.put(message_id, Place(at.conversation_id, at.sequence_number, at.countable))
+
+    async def tell(self, down: Down, now_ms: int) -> None:
+        """Add `receipt_update` frames for the authors concerned, and badges for the reader's other devices. Raises
+        BrokerUnavailable.
+        """
+        moved, self._moved = self._moved, {}
+        try:
+            notices: list[tuple[Sequence[str], bytes]] = []
+            groups: dict[str, str] = {}
+            for (conversation_id, user_id), what in moved.items():
+                owned = self._conversations.get(conversation_id)
+                if owned is None or user_id not in owned.members:
+                    continue
+                if owned.is_group:
+                    groups[conversation_id] = user_id
+                else:
+                    notices.append(_direct_update(owned, owned.members[user_id], what, now_ms))
+                if what.read and await self._courier.devices(user_id) > 1:
+                    notices.append(_badge(owned, owned.members[user_id]))
+            for conversation_id, user_id in groups.items():
+                if (owned := self._conversations.get(conversation_id)) is not None:
+                    notices += await self._group_updates(owned, user_id, now_ms)
+            await self._courier.notify(notices, down)
+        except BaseException:
+            self._moved = moved | self._moved
+            raise
+        metrics.RECEIPTS.labels("told").inc(len(moved))
+
+    async def _group_updates(self, owned: Owned, user_id: str, now_ms: int) -> list[tuple[Sequence[str], bytes]]:
+        before = owned.announced_delivered, owned.announced_read
+        reached = owned.announce_marks()
+        if reached is None:
+            return []
+        delivered, read = reached
+        try:
+            authors = await self._messages.senders(
+                owned.conversation_id, max(min(before), delivered - GROUP_AUTHORS_SPAN), delivered
+            )
+        except BaseException:
+            owned.announced_delivered, owned.announced_read = before
+            raise
+        authors &= owned.members.keys()
+        if not authors:
+            return []
+        frame = frames.ReceiptUpdate(
+            payload=frames.ReceiptUpdatePayload(
+                conversation_id=owned.conversation_id,
+                user_id=user_id,
+                delivered_through=delivered,
+                read_through=read,
+                participant_count=len(owned.members),
+                timestamp=now_ms,
+            )
+        )
+        return [(tuple(authors), codec.JSON.encode(frame))]
+
+    async def flush(self, lazy: bool) -> None:
+        """Write the dirty marks, majority-journalled. Raises StoreUnavailable, and then everything is dirty again."""
+        dirty = self._conversations.take_dirty(lazy)
+        if not dirty:
+            return
+        marks = [member.mark(conversation_id) for (conversation_id, _), member in dirty.items()]
+        try:
+            await self._marks.flush_marks(marks)
+        except BaseException:
+            for member, mark in zip(dirty.values(), marks, strict=True):
+                for device_id, sequence in mark.devices.items():
+                    member.devices[device_id] = max(sequence, member.devices.get(device_id, 0))
+            self._conversations.put_back(dirty)
+            raise
+
+
+def _direct_update(owned: Owned, member: Member, what: _Moved, now_ms: int) -> tuple[Sequence[str], bytes]:
+    payload = frames.ReceiptUpdatePayload(
+        conversation_id=owned.conversation_id,
+        user_id=member.user_id,
+        delivered_through=member.delivered,
+        timestamp=now_ms,
+    )
+    if what.read:
+        payload = frames.ReceiptUpdatePayload(
+            conversation_id=owned.conversation_id,
+            user_id=member.user_id,
+            delivered_through=member.delivered,
+            read_through=member.read,
+            timestamp=now_ms,
+        )
+    authors = [user_id for user_id in owned.roster if user_id != member.user_id]
+    return authors, codec.JSON.encode(frames.ReceiptUpdate(payload=payload))
+
+
+def _badge(owned: Owned, member: Member) -> tuple[Sequence[str], bytes]:
+    frame = frames.ConversationUpdate(
+        payload=frames.ConversationUpdatePayload(
+            conversation_id=owned.conversation_id,
+            unread_count=unread(owned.countable, member.read_countable),
+            event="read",
+            version=member.read,
+        )
+    )
+    return (member.user_id,), codec.JSON.encode(frame)

@@ -1,0 +1,109 @@
+"""The coalesced flush: watermarks and device cursors of members, and how far each conversation's flush reaches.
+
+Called by the ingest role's flusher. Everything is a maximum, so repeating, reordering or losing a flush never moves a
+mark backwards.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pymongo import UpdateOne, WriteConcern
+
+from workers.store.conversations import escape_device
+from workers.store.errors import store_errors
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from datetime import datetime
+
+    from pymongo.asynchronous.database import AsyncDatabase
+
+Document = dict[str, Any]
+
+
+class Mark(NamedTuple):
+    """One member's watermarks; `devices`: those cursors that moved."""
+
+    conversation_id: str
+    user_id: str
+    delivered_seq: int
+    read_seq: int
+    read_countable: int
+    devices: dict[str, int]
+
+
+class HeadMark(NamedTuple):
+    """All marks caused by messages up to `sequence_number` are flushed."""
+
+    conversation_id: str
+    sequence_number: int
+    countable: int
+    digest: bytes
+    created_at: datetime
+
+
+class MarkStore:
+    """Writers of `memberships` marks, `sequence_numbers` and `conversations.last_*`."""
+
+    def __init__(self, database: AsyncDatabase[Document]) -> None:
+        self._memberships = database["memberships"]
+        # Rebuilt from the log on every load, so a lost write costs a longer fold and nothing else.
+        light = WriteConcern(1)
+        self._sequences = database["sequence_numbers"].with_options(write_concern=light)
+        self._conversations = database["conversations"].with_options(write_concern=light)
+
+    async def flush_marks(self, marks: Sequence[Mark]) -> None:
+        """Raise the members' marks, majority-journalled: their stream entries are acknowledged after this. Raises
+        StoreUnavailable.
+        """
+        operations = []
+        for mark in marks:
+            maxima: Document = {
+                "delivered_seq": mark.delivered_seq,
+                "read_seq": mark.read_seq,
+                "read_countable": mark.read_countable,
+            }
+            for device_id, sequence in mark.devices.items():
+                maxima[f"devices.{escape_device(device_id)}"] = sequence
+            operations.append(UpdateOne({"_id": f"{mark.conversation_id}:{mark.user_id}"}, {"$max": maxima}))
+        if operations:
+            with store_errors():
+                await self._memberships.bulk_write(operations, ordered=False)
+
+    async def flush_heads(self, heads: Sequence[HeadMark]) -> None:
+        """Raise `sequence_numbers` and `conversations.last_*`, after the marks of those messages. Raises
+        StoreUnavailable.
+        """
+        if not heads:
+            return
+        sequences = []
+        conversations = []
+        for head in heads:
+            # One update for all four: a smaller sequence never overwrites a greater one's digest.
+            newer = {"_id": head.conversation_id, "last_sequence_number": {"$lt": head.sequence_number}}
+            values = {
+                "last_sequence_number": head.sequence_number,
+                "countable": head.countable,
+                "digest": head.digest,
+                "updated_at": head.created_at,
+            }
+            sequences.append(UpdateOne(newer, {"$set": values}))
+            conversations.append(
+                UpdateOne(
+                    {"_id": head.conversation_id},
+                    {"$max": {"last_sequence_number": head.sequence_number, "last_message_at": head.created_at}},
+                )
+            )
+        with store_errors():
+            await self._sequences.bulk_write(sequences, ordered=False)
+            await self._conversations.bulk_write(conversations, ordered=False)
+
+    async def open_heads(self, conversation_ids: Sequence[str], created_at: datetime) -> None:
+        """Make the `sequence_numbers` documents of new conversations, at 0."""
+        start = {"last_sequence_number": 0, "countable": 0, "digest": bytes(16), "updated_at": created_at}
+        with store_errors():
+            await self._sequences.bulk_write(
+                [UpdateOne({"_id": name}, {"$setOnInsert": start}, upsert=True) for name in conversation_ids],
+                ordered=False,
+            )
