@@ -45,10 +45,6 @@ log = structlog.get_logger(__name__)
 Opened = TypeVar("Opened")
 
 
-class Unfit(Exception):
-    """This process must not run against these servers: one line for the operator."""
-
-
 def parse_roles(arguments: Sequence[str]) -> list[str]:
     """The roles of this process, each once. Raises SettingError with the list of those there are."""
     known = ", ".join(ROLES)
@@ -99,15 +95,15 @@ async def open_when_ready(
 
 @asynccontextmanager
 async def open_fit_broker(url: str, shards: int) -> AsyncIterator[Broker]:
-    """The broker, once Redis answers and has agreed to the shard count. Raises BrokerUnavailable, Unfit."""
+    """The broker, once Redis answers and has agreed to the shard count. Raises BrokerUnavailable, SettingError."""
     async with open_broker(url) as broker:
         await broker.ping()
         policy = await broker.eviction_policy()
         if policy != "noeviction":
-            raise Unfit(f"Redis has maxmemory-policy {policy}: it may evict a stream; set noeviction")
+            raise SettingError(f"Redis has maxmemory-policy {policy}: it may evict a stream; set noeviction")
         recorded = await broker.agree_shards(shards)
         if recorded != shards:
-            raise Unfit(f"TRIREME_SHARDS is {shards}, but this installation was started with {recorded}")
+            raise SettingError(f"TRIREME_SHARDS is {shards}, but this installation was started with {recorded}")
         yield broker
 
 
@@ -168,7 +164,7 @@ def main(arguments: Sequence[str]) -> int:
     status = 0
     try:
         anyio.run(_run_process, settings, names, backend_options={"use_uvloop": True})
-    except* (StoreUnfit, Unfit) as group:
+    except* (StoreUnfit, SettingError) as group:
         for unfit in _leaves(group):
             _say(unfit)
         status = 2

@@ -1,0 +1,99 @@
+"""Who may call what: bearer tokens, and the shape every request must have before a handler sees it.
+
+Guards run before the body is read, so a stranger learns nothing from a validation message. Foreign and unknown
+conversations are told apart by nobody: that is the handlers' part.
+"""
+
+from __future__ import annotations
+
+import hmac
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+from litestar.connection import ASGIConnection
+
+from protocol.errors import ErrorCode
+from workers.rest.desk import Desk, now_ms
+from workers.rest.errors import RestError
+
+if TYPE_CHECKING:
+    from litestar.handlers.base import BaseRouteHandler
+
+Connection = ASGIConnection[Any, Any, Any, Any]
+
+_TOKEN_LIMIT: Final = 4096
+_JSON: Final = "application/json"
+
+
+class Caller(msgspec.Struct, frozen=True):
+    """Who asks: a user, or the administrator (`user_id` None)."""
+
+    user_id: str | None
+
+    @property
+    def user(self) -> str:
+        """The user's id. Raises RestError for the administrator."""
+        if self.user_id is None:
+            raise RestError(ErrorCode.FORBIDDEN, "this needs a user's token")
+        return self.user_id
+
+
+def _bearer(connection: Connection) -> str:
+    scheme, _, token = connection.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not token or len(token) > _TOKEN_LIMIT:
+        raise _unauthorized()
+    return token.strip()
+
+
+def _unauthorized() -> RestError:
+    return RestError(ErrorCode.UNAUTHORIZED, "a valid bearer token is needed")
+
+
+def _desk(connection: Connection) -> Desk:
+    desk: Desk = connection.app.state.desk
+    return desk
+
+
+def _is_admin(desk: Desk, token: str) -> bool:
+    return hmac.compare_digest(token.encode(), desk.settings.admin_token.encode())
+
+
+def admin_guard(connection: Connection, _: BaseRouteHandler) -> None:
+    """Only the administrator."""
+    if not _is_admin(_desk(connection), _bearer(connection)):
+        raise _unauthorized()
+    connection.scope["user"] = Caller(None)
+
+
+def user_guard(connection: Connection, _: BaseRouteHandler) -> None:
+    """Only a user with a good token."""
+    claims = _desk(connection).tokens.verify(_bearer(connection), now_ms() // 1000)
+    if claims is None:
+        raise _unauthorized()
+    connection.scope["user"] = Caller(claims.sub)
+
+
+def actor_guard(connection: Connection, handler: BaseRouteHandler) -> None:
+    """A user, or the administrator acting for one."""
+    if _is_admin(_desk(connection), _bearer(connection)):
+        connection.scope["user"] = Caller(None)
+    else:
+        user_guard(connection, handler)
+
+
+def shape_guard(connection: Connection, handler: BaseRouteHandler) -> None:
+    """A body is plain JSON; query parameters are those of the route (`opt["query"]`), each at most once."""
+    if connection.scope.get("method") == "POST":
+        media_type = connection.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if media_type != _JSON:
+            raise RestError(ErrorCode.VALIDATION_FAILED, f"the body must be {_JSON}", 415)
+        if connection.headers.get("content-encoding", "identity").lower() != "identity":
+            raise RestError(ErrorCode.VALIDATION_FAILED, "the body must not be compressed", 415)
+    allowed: tuple[str, ...] = handler.opt.get("query", ())
+    seen: set[str] = set()
+    for name, _ in connection.query_params.multi_items():
+        if name not in allowed:
+            raise RestError(ErrorCode.VALIDATION_FAILED, "unknown query parameter")
+        if name in seen:
+            raise RestError(ErrorCode.VALIDATION_FAILED, f"{name}: given more than once")
+        seen.add(name)

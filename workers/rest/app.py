@@ -1,0 +1,192 @@
+"""The REST role's composition: routes, limits, the HTTP server, and the instance that waits for the shards' owners.
+
+Routes are listed here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+import anyio
+import structlog
+import uvicorn
+from litestar import Litestar
+from litestar.datastructures import ResponseHeader, State
+from litestar.di import Provide
+from litestar.enums import ScopeType
+from litestar.openapi import OpenAPIConfig
+from litestar.openapi.plugins import JsonRenderPlugin
+from litestar.openapi.spec import Components, SecurityScheme
+
+from protocol import keys, records
+from protocol.errors import ErrorCode
+from workers import metrics
+from workers.instances import Instance
+from workers.rest import conversations, health, users
+from workers.rest.desk import Desk, now_ms
+from workers.rest.errors import EXCEPTION_HANDLERS, RestError
+from workers.settings import SettingError, Settings
+from workers.tokens import KeyUnfit, Tokens
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from litestar.types import ASGIApp, Message, Receive, Scope, Send
+
+    from workers.broker import Broker
+    from workers.store import Store
+
+ROUTES: Final = [
+    users.create_user,
+    users.create_token,
+    conversations.create_conversation,
+    conversations.list_conversations,
+    conversations.read_conversation,
+    conversations.list_messages,
+    conversations.add_participants,
+    conversations.remove_participant,
+    health.live,
+    health.ready,
+    health.metrics,
+]
+
+MAX_BODY_BYTES: Final = 1024 * 1024
+BODY_SECONDS: Final = 10.0
+"""A body that takes longer is a slow attack (reliability.md H-07)."""
+_CONNECTIONS: Final = 2000
+"""Requests under way and idle connections; more get 503 from the server."""
+_METHODS: Final = frozenset(("GET", "HEAD", "POST", "DELETE", "OPTIONS"))
+
+log = structlog.get_logger(__name__)
+
+
+async def run(settings: Settings, store: Store, broker: Broker, stopping: anyio.Event) -> None:
+    """Serve HTTP until `stopping`, then finish the requests under way.
+
+    Raises SettingError when the port or the key cannot be used. *Cancellation*: drops requests under way.
+    """
+    try:
+        tokens = Tokens(settings.jwt_private_key)
+    except KeyUnfit as error:
+        raise SettingError(str(error)) from error
+    listener = open_listener(settings.rest_host, settings.rest_port)
+    endpoint = settings.rest_url or f"http://{settings.rest_host}:{settings.rest_port}"
+    info = records.InstanceInfo("rest", endpoint, 0, False)
+    instance = Instance(broker, keys.new_id("rest", now_ms(), secrets.randbits(64)), info)
+    desk = Desk(settings, store, broker, instance, tokens)
+    async with anyio.create_task_group() as group:
+        await group.start(instance.run, name="rest instance")
+        server = _Server(_server_config(Edge(create_app(desk)), settings.drain_seconds))
+        group.start_soon(_stop_server, server, stopping, name="rest stop")
+        log.info("rest_serving", endpoint=endpoint, instance=instance.instance_id)
+        await server.serve(sockets=[listener])
+        group.cancel_scope.cancel()
+
+
+def create_app(desk: Desk) -> Litestar:
+    """The ASGI application over a desk. Opens nothing."""
+    return Litestar(
+        route_handlers=ROUTES,
+        dependencies={"desk": Provide(lambda: desk, sync_to_thread=False)},
+        state=State({"desk": desk}),
+        exception_handlers=EXCEPTION_HANDLERS,
+        request_max_body_size=MAX_BODY_BYTES,
+        response_headers=[
+            ResponseHeader(name="X-Content-Type-Options", value="nosniff"),
+            ResponseHeader(name="Cache-Control", value="no-store"),
+        ],
+        openapi_config=OpenAPIConfig(
+            title="Trireme",
+            version="1",
+            description="Users, tokens, conversations and their messages. Live traffic goes over the WebSocket.",
+            path="/schema",
+            render_plugins=[JsonRenderPlugin(path=["/", "/openapi.json"])],
+            components=Components(security_schemes={"bearer": SecurityScheme(type="http", scheme="bearer")}),
+            security=[{"bearer": []}],
+        ),
+        logging_config=None,
+        debug=False,
+    )
+
+
+class Edge:
+    """Around the application: the deadline of a request's body, and the request metrics."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != ScopeType.HTTP:
+            await self._app(scope, receive, send)
+            return
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        started = time.perf_counter()
+        status = 500
+        body_deadline: float | None = anyio.current_time() + BODY_SECONDS
+
+        async def receive_in_time() -> Any:
+            nonlocal body_deadline
+            if body_deadline is None:
+                return await receive()
+            with anyio.CancelScope(deadline=body_deadline):
+                message = await receive()
+                if message["type"] != "http.request" or not message.get("more_body"):
+                    body_deadline = None
+                return message
+            raise RestError(ErrorCode.VALIDATION_FAILED, "the body took too long", 408)
+
+        async def send_counted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive_in_time, send_counted)
+        finally:
+            metrics.REST_REQUESTS.labels(method, str(status)).inc()
+            metrics.REST_SECONDS.labels(method).observe(time.perf_counter() - started)
+
+
+def open_listener(host: str, port: int) -> socket.socket:
+    """A bound TCP socket. Raises SettingError, one line."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise SettingError(f"TRIREME_REST_PORT {port} cannot be opened on {host}: {error.strerror}") from error
+    return listener
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: `workers/__main__.py` has them."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _server_config(app: Any, drain_seconds: float) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        limit_concurrency=_CONNECTIONS,
+        timeout_graceful_shutdown=max(1, int(drain_seconds)),
+    )
+
+
+async def _stop_server(server: uvicorn.Server, stopping: anyio.Event) -> None:
+    await stopping.wait()
+    server.should_exit = True

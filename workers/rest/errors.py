@@ -1,0 +1,130 @@
+"""Failures of a request → `{"error": {"code", "message"}}`, whoever raised them: a handler, the framework, a seam.
+
+Every code is a row of `protocol.errors`. Nothing of an exception but its intended message ever reaches the client.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+import structlog
+from litestar import Request, Response
+from litestar.exceptions import HTTPException, ValidationException
+from litestar.openapi import ResponseSpec
+
+from protocol.errors import ErrorCode
+from workers.broker import BrokerUnavailable
+from workers.instances import TooManyWaiting
+from workers.store.errors import StoreUnavailable
+
+_MESSAGE_LIMIT: Final = 200
+_RETRY_AFTER_SECONDS: Final = 1
+_BY_STATUS: Final = {
+    401: ErrorCode.UNAUTHORIZED,
+    403: ErrorCode.FORBIDDEN,
+    404: ErrorCode.NOT_FOUND,
+    405: ErrorCode.NOT_FOUND,
+    413: ErrorCode.TOO_LARGE,
+    429: ErrorCode.RATE_LIMITED,
+    503: ErrorCode.OVERLOADED,
+}
+"""The framework's own refusals. 405 has no row of its own: there is no such method at that path."""
+
+log = structlog.get_logger(__name__)
+
+
+class ErrorDetail(msgspec.Struct, frozen=True):
+    code: ErrorCode
+    message: str
+
+
+class ErrorBody(msgspec.Struct, frozen=True):
+    """Body of every answer that is not a success."""
+
+    error: ErrorDetail
+
+
+FAILURES: Final = {
+    status: ResponseSpec(ErrorBody, generate_examples=False, description=description)
+    for status, description in (
+        (400, "The request is not valid"),
+        (401, "The bearer token is missing or not good"),
+        (403, "Not for this caller"),
+        (404, "Not there, or not for this caller"),
+        (409, "Refused by the state of things"),
+        (413, "The body is over 1 MiB"),
+        (415, "The body is not plain JSON"),
+        (503, "Try again"),
+    )
+}
+"""What a route may answer besides success, for the OpenAPI document."""
+
+
+class RestError(Exception):
+    """A refusal with its code; `status` where it differs from the code's own."""
+
+    def __init__(self, code: ErrorCode, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.status = code.http_status if status is None else status
+
+
+def error_response(code: ErrorCode, message: str, status: int, headers: dict[str, str] | None = None) -> Response[Any]:
+    """The answer for a refusal, with the headers its status asks for."""
+    headers = dict(headers or {})
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    if code.retryable:
+        headers.setdefault("Retry-After", str(_RETRY_AFTER_SECONDS))
+    body = ErrorBody(ErrorDetail(code, message[:_MESSAGE_LIMIT]))
+    return Response(body, status_code=status, headers=headers, media_type="application/json")
+
+
+def on_refusal(_: Request[Any, Any, Any], error: RestError) -> Response[Any]:
+    return error_response(error.code, error.message, error.status)
+
+
+def on_framework_error(_: Request[Any, Any, Any], error: HTTPException) -> Response[Any]:
+    """What Litestar refuses: routes, methods, bodies, parameters."""
+    status = error.status_code
+    if status >= 500:
+        log.error("request_failed", exc_info=error)
+        return error_response(ErrorCode.INTERNAL, "internal error", 500)
+    code = _BY_STATUS.get(status, ErrorCode.VALIDATION_FAILED)
+    allow = {name: value for name, value in (error.headers or {}).items() if name.lower() == "allow"}
+    return error_response(code, _reason(error), status, allow)
+
+
+def _reason(error: HTTPException) -> str:
+    if isinstance(error, ValidationException) and isinstance(error.extra, list) and error.extra:
+        first = error.extra[0]
+        if isinstance(first, dict):
+            return f"{first.get('key', 'body')}: {first.get('message', 'not valid')}"
+    return str(error.detail).splitlines()[0] if error.detail else "refused"
+
+
+def on_store_away(_: Request[Any, Any, Any], error: StoreUnavailable | BrokerUnavailable) -> Response[Any]:
+    log.warning("request_unserved", error=str(error))
+    return error_response(ErrorCode.STORAGE_UNAVAILABLE, "storage is unavailable; try again", 503)
+
+
+def on_overload(_: Request[Any, Any, Any], __: TooManyWaiting) -> Response[Any]:
+    return error_response(ErrorCode.OVERLOADED, "too many requests are waiting", 503)
+
+
+def on_bug(_: Request[Any, Any, Any], error: Exception) -> Response[Any]:
+    """The request boundary: one request fails, the process goes on."""
+    log.error("request_failed", exc_info=error)
+    return error_response(ErrorCode.INTERNAL, "internal error", 500)
+
+
+EXCEPTION_HANDLERS: Final[dict[Any, Any]] = {
+    RestError: on_refusal,
+    HTTPException: on_framework_error,
+    StoreUnavailable: on_store_away,
+    BrokerUnavailable: on_store_away,
+    TooManyWaiting: on_overload,
+    Exception: on_bug,
+}

@@ -1,0 +1,71 @@
+"""Accounts and their access tokens; both for the administrator only, who is whatever logs people in."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated
+
+import msgspec
+from litestar import post
+from msgspec import UNSET, Meta, UnsetType
+
+from protocol.errors import ErrorCode
+from protocol.frames import DeviceId
+from protocol.models import Id, User, UserStatus
+from workers.rest.access import admin_guard, shape_guard
+from workers.rest.desk import Desk, now_ms
+from workers.rest.errors import FAILURES, RestError
+from workers.store.users import Taken
+
+Phone = Annotated[str, Meta(min_length=3, max_length=32, pattern=r"^\+?[0-9][0-9 ()./-]*$")]
+Email = Annotated[str, Meta(min_length=3, max_length=254, pattern=r"^[^@\s]+@[^@\s]+$")]
+
+
+class NewUser(msgspec.Struct, frozen=True):
+    name: Annotated[str, Meta(min_length=1, max_length=128)]
+    phone: Phone | None = None
+    email: Email | None = None
+    avatar_url: Annotated[str, Meta(min_length=1, max_length=2048)] | UnsetType = UNSET
+
+
+class TokenRequest(msgspec.Struct, frozen=True):
+    """`device_id` binds the token to one device."""
+
+    user_id: Id
+    device_id: DeviceId | None = None
+
+
+class AccessToken(msgspec.Struct, frozen=True):
+    access_token: str
+    expires_at: datetime
+
+
+@post("/v1/users", guards=[admin_guard, shape_guard], responses=FAILURES, summary="Create an account")
+async def create_user(data: NewUser, desk: Desk) -> User:
+    """201 with the account; 409 `conflict` when another account has this phone or email."""
+    now = now_ms()
+    user = User(
+        user_id=desk.new_id("usr"),
+        phone=data.phone,
+        email=data.email,
+        name=data.name,
+        avatar_url=data.avatar_url,
+        created_at=datetime.fromtimestamp(now / 1000, UTC),
+        status=UserStatus.OFFLINE,
+    )
+    match await desk.store.users.create(user):
+        case Taken(field=field):
+            raise RestError(ErrorCode.CONFLICT, f"another account has this {field}")
+        case created:
+            return created
+
+
+@post("/v1/tokens", guards=[admin_guard, shape_guard], responses=FAILURES, summary="Issue an access token")
+async def create_token(data: TokenRequest, desk: Desk) -> AccessToken:
+    """201 with a token for WebSocket and REST; 404 `not_found` for an unknown user."""
+    if await desk.store.users.get(data.user_id) is None:
+        raise RestError(ErrorCode.NOT_FOUND, "no such user")
+    token, expires_at = desk.tokens.sign(
+        data.user_id, data.device_id, now_ms() // 1000, desk.settings.token_ttl_seconds, desk.new_id("tok")
+    )
+    return AccessToken(token, datetime.fromtimestamp(expires_at, UTC))
