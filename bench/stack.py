@@ -36,8 +36,7 @@ UNLIMITED: Final = {
     "TRIREME_MESSAGE_RATE": "1000000",
     "TRIREME_MESSAGE_BURST": "1000000",
     "TRIREME_LOOKUP_RATE": "1000000",
-    "TRIREME_AUTH_RATE": "1000000",
-    "TRIREME_AUTH_BURST": "1000000",
+    "TRIREME_AUTH_FAILURES_PER_MINUTE": "1000000",
 }
 """Every client comes from one address and a load is no abuse: rate limits would measure themselves."""
 
@@ -112,7 +111,7 @@ def run_stack(
             "TRIREME_ENV": "dev",
             "TRIREME_REDIS_URL": backing.redis_url,
             "TRIREME_MONGODB_URL": backing.mongodb_url,
-            "TRIREME_TRANSPORT": transport,
+            "TRIREME_GATEWAY_TRANSPORT": transport,
             **UNLIMITED,
             **(settings or {}),
         }

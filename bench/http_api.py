@@ -1,0 +1,107 @@
+"""The HTTP API as the replay and the system tests use it: users, tokens, groups, membership. Refusals are values.
+
+Runs on trio and asyncio alike.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import httpx2
+import msgspec
+
+from protocol.errors import ErrorCode
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+REQUEST_SECONDS: Final = 30.0
+CONNECTIONS: Final = 16
+
+
+class ApiError(Exception):
+    """The API did not answer, or not as documented."""
+
+
+class Refusal(msgspec.Struct, frozen=True):
+    """An error body `{error: {code, message}}` with its HTTP status."""
+
+    status: int
+    code: ErrorCode
+    message: str
+
+
+class _Error(msgspec.Struct):
+    code: ErrorCode
+    message: str
+
+
+class _ErrorBody(msgspec.Struct):
+    error: _Error
+
+
+class HttpApi:
+    """One keep-alive client of the API. Use it with `async with`."""
+
+    def __init__(self, rest_url: str, admin_token: str) -> None:
+        limits = httpx2.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS)
+        self._client = httpx2.AsyncClient(base_url=rest_url, timeout=REQUEST_SECONDS, limits=limits)
+        self._admin_token = admin_token
+
+    async def __aenter__(self) -> HttpApi:
+        await self._client.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._client.__aexit__(kind, error, trace)
+
+    async def create_user(self, name: str) -> str:
+        """The new user's id. Raises ApiError."""
+        user: str = (await self._demand("POST", "/v1/users", self._admin_token, {"name": name}))["_id"]
+        return user
+
+    async def create_token(self, user_id: str, device_id: str) -> str:
+        """Raises ApiError."""
+        body = {"user_id": user_id, "device_id": device_id}
+        token: str = (await self._demand("POST", "/v1/tokens", self._admin_token, body))["access_token"]
+        return token
+
+    async def create_conversation(self, kind: str, participants: list[str], token: str) -> str:
+        """The id of a new `group`, or of the `1:1` conversation of these two. Raises ApiError."""
+        body = {"type": kind, "participants": participants}
+        conversation: str = (await self._demand("POST", "/v1/conversations", token, body))["_id"]
+        return conversation
+
+    async def add_participants(self, conversation_id: str, user_ids: list[str], token: str) -> Refusal | None:
+        """None: they are in. Raises ApiError."""
+        path = f"/v1/conversations/{conversation_id}/participants"
+        answer = await self.call("POST", path, token, {"user_ids": user_ids})
+        return answer if isinstance(answer, Refusal) else None
+
+    async def remove_participant(self, conversation_id: str, user_id: str, token: str) -> Refusal | None:
+        """None: the user is out. Raises ApiError."""
+        answer = await self.call("DELETE", f"/v1/conversations/{conversation_id}/participants/{user_id}", token)
+        return answer if isinstance(answer, Refusal) else None
+
+    async def call(self, method: str, path: str, token: str, body: object = None) -> dict[str, Any] | Refusal:
+        """The answer's object ({} where it has no body), or the refusal. Raises ApiError."""
+        headers = {"Authorization": f"Bearer {token}"}
+        try:
+            answer = await self._client.request(method, path, json=body, headers=headers)
+        except httpx2.HTTPError as error:
+            raise ApiError(f"{method} {path}: {error!r}") from error
+        try:
+            if answer.status_code < 300:
+                return msgspec.json.decode(answer.content or b"{}", type=dict[str, Any])
+            refused = msgspec.json.decode(answer.content, type=_ErrorBody).error
+            return Refusal(answer.status_code, refused.code, refused.message)
+        except msgspec.DecodeError as error:
+            raise ApiError(f"{method} {path}: {answer.status_code} {answer.text[:200]}") from error
+
+    async def _demand(self, method: str, path: str, token: str, body: object) -> dict[str, Any]:
+        answer = await self.call(method, path, token, body)
+        if isinstance(answer, Refusal):
+            raise ApiError(f"{method} {path}: {answer.status} {answer.code.value} {answer.message}")
+        return answer
