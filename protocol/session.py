@@ -65,11 +65,14 @@ class State(Enum):
 
 
 class _Sync:
-    """A backlog run from an `OpenAnswer` to `sync_complete`; lives only as long."""
+    """A backlog run from an `OpenQuery` to `sync_complete`; lives only as long."""
 
-    __slots__ = ("answered", "early", "heads", "reply_auth", "unread")
+    __slots__ = ("answered", "asked", "early", "heads", "is_rewind", "reply_auth", "unread")
 
-    def __init__(self, reply_auth: bool) -> None:
+    def __init__(self, asked: dict[str, int], is_rewind: bool, reply_auth: bool) -> None:
+        self.asked = asked
+        self.is_rewind = is_rewind
+        """The client named the cursors: they may lie behind what this connection was already given."""
         self.reply_auth = reply_auth
         self.answered = False
         self.early: dict[str, int] = {}
@@ -152,7 +155,7 @@ class Session:
         return self.in_flight is not None and len(self.in_flight) >= self._limits.window
 
     def receive(self, frame: frames.ClientFrame, now: float, wall_ms: int) -> list[Command]:
-        """One frame from the client → what to do about it. Raises LocalProtocolError while `blocked`."""
+        """One frame from the client → what to do about it. Raises LocalProtocolError while opening."""
         handler = self._handlers.get(type(frame))
         if handler is not None:
             return handler(self, frame, now, wall_ms)
@@ -290,12 +293,18 @@ class Session:
         return self._look_up(query, payload.conversation_id, "history", now)
 
     def _on_sync(self, frame: frames.Sync, now: float, wall_ms: int) -> list[Command]:
-        query = self._open_query(frame.payload.cursors)
-        commands = self._look_up(query, None, "sync", now)
+        cursors = frame.payload.cursors
+        commands = self._look_up(self._open_query(cursors), None, "sync", now)
         if isinstance(commands[0], Ask):
-            self._sync = _Sync(reply_auth=False)
-            self._deadline = now + self._limits.open_timeout_seconds
+            self._start_sync(cursors, is_rewind=True, reply_auth=False, now=now)
         return commands
+
+    def _start_sync(self, asked: dict[str, int], *, is_rewind: bool, reply_auth: bool, now: float) -> None:
+        running = self._sync
+        if running is not None and not running.answered:
+            reply_auth = reply_auth or running.reply_auth
+        self._sync = _Sync(asked, is_rewind, reply_auth)
+        self._deadline = now + self._limits.open_timeout_seconds
 
     def _look_up(self, query: records.Query, conversation_id: str | None, tag: str, now: float) -> list[Command]:
         if self._lookups is None:
@@ -331,22 +340,23 @@ class Session:
         now: float,
     ) -> list[Command]:
         """The token is good until `expires_at` (monotonic). `bucket`: the user's message rate, for all its devices."""
-        if self.state is State.CLOSED:
+        if self.state is State.CLOSED or self.state is State.OPENING:
             return []
         self._expires_at = expires_at
-        self._sync = _Sync(reply_auth=True)
-        self._deadline = now + self._limits.open_timeout_seconds
         if self.state is State.LIVE:
             if user_id != self.user_id or device_id != self.device_id:
                 return [
                     send_error(ErrorCode.FORBIDDEN, "this connection belongs to another user or device"),
                     *self._close(CloseCode.AUTH),
                 ]
-            return [Ask(self._open_query(self._resume or dict(self.cursors or {})))]
+            asked = self._resume or dict(self.cursors or {})
+            self._start_sync(asked, is_rewind=bool(self._resume), reply_auth=True, now=now)
+            return [Ask(self._open_query(asked))]
         self.user_id = user_id
         self.device_id = device_id
         self.session_id = session_id
         self._messages = bucket
+        self._start_sync(self._resume, is_rewind=True, reply_auth=True, now=now)
         self._enter(State.OPENING)
         return [Attach(user_id, device_id), Ask(self._open_query(self._resume))]
 
@@ -376,17 +386,20 @@ class Session:
         self._deadline = float("inf")
         sync.answered = True
         sync.unread = answer.unread
-        before = self.cursors or {}
-        cursors: dict[str, int] = {}
+        cursors = self.cursors or {}
         behind: dict[str, int] = {}
+        missed = sync.early
+        if self.behind:
+            missed.update(self.behind)
         for head in answer.heads:
             conversation_id = head.conversation_id
-            cursors[conversation_id] = head.cursor
-            known = max(head.head, sync.early.pop(conversation_id, 0), before.get(conversation_id, 0))
-            if known > head.cursor:
+            before = cursors.get(conversation_id, 0)
+            known = max(head.head, missed.pop(conversation_id, 0), before)
+            cursor = cursors[conversation_id] = head.cursor if sync.is_rewind else max(head.cursor, before)
+            if known > cursor:
                 behind[conversation_id] = known
             sync.heads[conversation_id] = frames.Head(sequence_number=head.head, digest=head.digest.hex())
-        behind.update(sync.early)
+        behind.update(missed)
         self.cursors = cursors
         self.behind = behind or None
         self._asking = None
@@ -419,7 +432,7 @@ class Session:
         if to_sequence <= cursor:
             return False
         behind = self.behind
-        if from_sequence <= cursor + 1 and not self.lagging and (behind is None or conversation_id not in behind):
+        if from_sequence == cursor + 1 and not self.lagging and (behind is None or conversation_id not in behind):
             cursors[conversation_id] = to_sequence
             return True
         self._fall_behind(conversation_id, to_sequence)
@@ -445,9 +458,11 @@ class Session:
         conversation_id = answer.conversation_id
         if self._asking != conversation_id or self.cursors is None or self.behind is None:
             return []
+        cursor = self.cursors.get(conversation_id, 0)
+        if answer.from_sequence != cursor + 1:
+            return []  # a late answer to a question that was asked again from elsewhere
         self._asking = None
         commands: list[Command] = []
-        cursor = self.cursors.get(conversation_id, 0)
         progress = answer.to_sequence > cursor
         if progress:
             if answer.frame:
@@ -563,7 +578,7 @@ class Session:
             self._asking = None
         if self._sync is not None and not self._sync.answered and now >= self._deadline:
             self._deadline = now + self._limits.open_timeout_seconds
-            commands.append(Ask(self._open_query(self._resume or dict(self.cursors or {}))))
+            commands.append(Ask(self._open_query(self._sync.asked)))
         commands.extend(self.pump(now, wall_ms))
         return commands
 
