@@ -12,7 +12,7 @@ import trio
 from gateway.wire import Address, ReplyFailed, Wire, WireFull, WireLost, pack
 
 if TYPE_CHECKING:
-    from tests.gateway.conftest import Proxy
+    from tests.gateway.proxy import Proxy
 
 pytestmark = pytest.mark.trio
 
