@@ -72,8 +72,17 @@ class Outbox:
                 chunks.appendleft(memoryview(chunk)[count:])
                 break
             count -= len(chunk)
+        return self._relieved()
+
+    def pop(self) -> tuple[bytes | memoryview, bool]:
+        """Take the oldest chunk out, for a transport that writes whole ones. Then as for `written`."""
+        chunk = self._chunks.popleft()
+        self.size_bytes -= len(chunk)
+        return chunk, self._relieved()
+
+    def _relieved(self) -> bool:
         limits = self._limits
-        if not self.full or 2 * self.size_bytes > limits.outbox_bytes or 2 * len(chunks) > limits.outbox_frames:
+        if not self.full or 2 * self.size_bytes > limits.outbox_bytes or 2 * len(self._chunks) > limits.outbox_frames:
             return False
         self.full = False
         return True

@@ -170,3 +170,104 @@ class FrameReader:
         whole = bytes(self._message)
         self._message = None
         return Message(whole)
+
+
+class FrameMeter:
+    """Counts the frames of a byte stream as they pass to a library that has no caps of its own: sizes, fragments,
+    control frames."""
+
+    __slots__ = (
+        "_control_frames",
+        "_controls",
+        "_controls_since",
+        "_fragments",
+        "_header",
+        "_max_fragments",
+        "_max_message_bytes",
+        "_message_bytes",
+        "_payload_left",
+        "under_way_since",
+    )
+
+    def __init__(self, max_message_bytes: int, max_fragments: int, control_frames: int, now: float) -> None:
+        self._max_message_bytes = max_message_bytes
+        self._max_fragments = max_fragments
+        self._control_frames = control_frames
+        self._controls = 0
+        self._controls_since = now
+        self._header = b""
+        self._payload_left = 0
+        self._message_bytes = 0
+        self._fragments = 0
+        """Frames of the unfinished message so far; 0 between messages."""
+        self.under_way_since: float | None = None
+        """When the unfinished message or frame began."""
+
+    def measure(self, data: bytes | bytearray, now: float) -> tuple[int, CloseCode | None]:
+        """How many bytes of `data` may pass, and why the rest may not. Nothing may be measured after a refusal."""
+        position = 0
+        began = self.under_way_since
+        while position < len(data):
+            if self._payload_left:
+                step = min(self._payload_left, len(data) - position)
+                self._payload_left -= step
+                position += step
+                if not self._payload_left and not self._fragments:
+                    began = None  # a message is whole: what follows it starts a clock of its own
+            else:
+                start = position
+                known = len(self._header)
+                self._header += data[position : position + 10 - known]
+                size = _announced(self._header)
+                if size is None:
+                    position = len(data)
+                    break
+                header, payload = size
+                position += header - known
+                try:
+                    self._enter(self._header[0], payload, now)
+                except FrameRefused as refused:
+                    return start, refused.code
+                self._header = b""
+                self._payload_left = payload + 4
+        if not (self._header or self._payload_left or self._fragments):
+            self.under_way_since = None
+        else:
+            self.under_way_since = now if began is None else began
+        return position, None
+
+    def _enter(self, first: int, payload: int, now: float) -> None:
+        if first & 8:
+            if payload > MAX_CONTROL_BYTES:
+                raise FrameRefused(CloseCode.PROTOCOL_ERROR)
+            if now - self._controls_since >= 1.0:
+                self._controls_since = now
+                self._controls = 0
+            self._controls += 1
+            if self._controls > self._control_frames:
+                raise FrameRefused(CloseCode.POLICY)
+            return
+        if payload >> 63:
+            raise FrameRefused(CloseCode.PROTOCOL_ERROR)
+        self._message_bytes += payload
+        self._fragments += 1
+        if self._message_bytes > self._max_message_bytes or self._fragments > self._max_fragments:
+            raise FrameRefused(CloseCode.TOO_LARGE)
+        if first & 0x80:
+            self._message_bytes = self._fragments = 0
+
+
+def _announced(header: bytes) -> tuple[int, int] | None:
+    """(Length of the header up to the mask, announced payload length) of a masked frame; None: not enough bytes.
+
+    Raises nothing: an unmasked frame reads like a masked one here and is refused by the library.
+    """
+    if len(header) < 2:
+        return None
+    size = header[1] & 127
+    if size < 126:
+        return 2, size
+    length = 4 if size == 126 else 10
+    if len(header) < length:
+        return None
+    return length, int.from_bytes(header[2:length])

@@ -201,10 +201,18 @@ class Gateway:
         self.server = server
         self.host = host
         self.port = port
+        self._peers: list[Peer] = []
 
     async def open_raw(self) -> Peer:
         """A TCP connection, nothing sent."""
-        return Peer(await trio.open_tcp_stream("127.0.0.1", self.port))
+        peer = Peer(await trio.open_tcp_stream("127.0.0.1", self.port))
+        self._peers.append(peer)
+        return peer
+
+    def close_peers(self) -> None:
+        """Whatever a test left open."""
+        for peer in self._peers:
+            peer.stream.socket.close()
 
     async def open(self, *, subprotocol: str | None = "trireme.v1.json") -> tuple[Peer, RecordingLink]:
         """A WebSocket and its link."""
@@ -239,5 +247,9 @@ async def open_gateway(new_server: NewServer, **limits: object) -> AsyncIterator
         async with trio.open_nursery() as nursery:
             await nursery.start(server.serve, listener)
             nursery.start_soon(sweep)
-            yield Gateway(server, host, listener.getsockname()[1])
+            gateway = Gateway(server, host, listener.getsockname()[1])
+            try:
+                yield gateway
+            finally:
+                gateway.close_peers()
             nursery.cancel_scope.cancel()

@@ -1,0 +1,623 @@
+"""One suite over both transports: messages, held frames, outboxes, closes and deadlines, with real sockets on loopback."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING
+
+import pytest
+import trio
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gateway.epoll import EpollServer
+from gateway.transport import Outgoing
+from gateway.trio_ws import TrioWebSocketServer
+from protocol.errors import CloseCode
+from tests.gateway.peers import (
+    BINARY,
+    CLOSE,
+    CONTINUATION,
+    PING,
+    PONG,
+    TEXT,
+    RecordingLink,
+    frame,
+    open_gateway,
+    request_head,
+    until,
+)
+
+if TYPE_CHECKING:
+    from tests.gateway.peers import NewServer
+
+pytestmark = pytest.mark.trio
+LIMIT = 65536
+
+
+async def test_messages_of_every_size_come_back(new_server: NewServer) -> None:
+    async with open_gateway(new_server) as gateway:
+        peer, link = await gateway.open()
+        for size in (0, 1, 2, 125, 126, 127, 200, 4096, 65535, LIMIT):
+            payload = bytes(random.choices(b"abc\n ", k=size))
+            await peer.send(frame(TEXT, payload))
+            assert await peer.receive() == (TEXT, payload)
+        assert link.remote == "127.0.0.1"
+        assert link.heard_count >= 10
+        assert gateway.server.frames_in == gateway.server.frames_out == 10
+        assert gateway.server.bytes_in > 2 * LIMIT
+        assert gateway.server.bytes_out > 2 * LIMIT
+
+
+async def test_the_msgpack_subprotocol_speaks_binary(new_server: NewServer) -> None:
+    async with open_gateway(new_server) as gateway:
+        peer, link = await gateway.open(subprotocol="trireme.v1.msgpack")
+        link.echo = False
+        await peer.send(frame(BINARY, b"\xff\x00\x81"))
+        await until(lambda: link.received == [b"\xff\x00\x81"])
+        link.transport.send_nowait(Outgoing(b'{"a":1}'))
+        assert await peer.receive() == (BINARY, b"\x81\xa1a\x01")
+
+
+@pytest.mark.parametrize("subprotocol", [None, "chat, soap"])
+async def test_json_is_spoken_when_no_known_subprotocol_is_offered(
+    new_server: NewServer, subprotocol: str | None
+) -> None:
+    async with open_gateway(new_server) as gateway:
+        peer = await gateway.open_raw()
+        await peer.send(request_head(subprotocol=subprotocol, Sec_WebSocket_Extensions="permessage-deflate"))
+        head = await peer.head()
+        assert head.startswith(b"HTTP/1.1 101 ")
+        assert b"sec-websocket-protocol" not in head.lower()
+        assert b"extensions" not in head.lower()
+        await peer.send(frame(TEXT, b"{}"))
+        assert await peer.receive() == (TEXT, b"{}")
+
+
+async def test_the_clients_first_known_subprotocol_is_chosen(new_server: NewServer) -> None:
+    async with open_gateway(new_server) as gateway:
+        peer = await gateway.open_raw()
+        await peer.send(request_head(subprotocol="x, trireme.v1.msgpack, trireme.v1.json"))
+        assert b"trireme.v1.msgpack" in await peer.head()
+
+
+async def test_frames_sent_together_with_the_handshake_are_served(new_server: NewServer) -> None:
+    async with open_gateway(new_server) as gateway:
+        peer = await gateway.open_raw()
+        await peer.send(request_head() + frame(TEXT, b"early") + frame(TEXT, b"bird"))
+        await peer.head()
+        assert await peer.receive() == (TEXT, b"early")
+        assert await peer.receive() == (TEXT, b"bird")
+
+
+async def test_a_message_sent_byte_by_byte(new_server: NewServer) -> None:
+    async with open_gateway(new_server) as gateway:
+        peer, link = await gateway.open()
+        for payload in (b"", b"x", "é€".encode(), b"y" * 130):
+            for byte in frame(TEXT, payload) + frame(PING, b"p"):
+                await peer.send(bytes((byte,)))
+            assert {await peer.receive(), await peer.receive()} == {(TEXT, payload), (PONG, b"p")}
+        assert len(link.received) == 4
+
+
+async def test_many_messages_in_one_segment_keep_their_order(new_server: NewServer) -> None:
+    async with open_gateway(new_server) as gateway:
+        peer, link = await gateway.open()
+        link.echo = False
+        wanted = [b"%d" % number * (number % 7) for number in range(2000)]
+        await peer.send(b"".join(frame(TEXT, payload) for payload in wanted))
+        await until(lambda: len(link.received) == 2000)
+        assert link.received == wanted
+
+
+async def test_fragments_are_joined_around_control_frames(new_server: NewServer) -> None:
+    async with open_gateway(new_server) as gateway:
+        peer, link = await gateway.open()
+        euro = "€".encode()
+        await peer.send(
+            frame(TEXT, b"a" + euro[:1], fin=False)
+            + frame(PING, b"in between")
+            + frame(CONTINUATION, euro[1:2], fin=False)
+            + frame(CONTINUATION, euro[2:] + b"z")
+            + frame(TEXT, b"next")
+        )
+        assert await peer.receive() == (PONG, b"in between")
+        assert await peer.receive() == (TEXT, b"a" + euro + b"z")
+        assert await peer.receive() == (TEXT, b"next")
+        assert link.received == [b"a" + euro + b"z", b"next"]
+
+
+async def test_1024_fragments_pass_and_one_more_does_not(new_server: NewServer) -> None:
+    async with open_gateway(new_server) as gateway:
+        peer, _link = await gateway.open()
+        first, middle = frame(TEXT, b"a", fin=False), frame(CONTINUATION, b"b", fin=False)
+        await peer.send(first + middle * 1022 + frame(CONTINUATION, b"c"))
+        assert await peer.receive() == (TEXT, b"a" + b"b" * 1022 + b"c")
+        await peer.send(first + middle * 1024)
+        assert await peer.close_code() == 1009
+        assert await peer.ended()
+
+
+async def test_a_fragmented_message_may_be_exactly_at_the_limit_with_a_ping_inside(new_server: NewServer) -> None:
+    async with open_gateway(new_server) as gateway:
+        peer, link = await gateway.open()
+        await peer.send(frame(TEXT, b"a" * LIMIT, fin=False) + frame(PING, b"p" * 125) + frame(CONTINUATION))
+        assert await peer.receive() == (PONG, b"p" * 125)
+        assert await peer.receive() == (TEXT, b"a" * LIMIT)
+        await peer.send(frame(TEXT, b"a" * LIMIT, fin=False) + frame(CONTINUATION, b"b"))
+        assert await peer.close_code() == 1009
+        assert len(link.received) == 1
+
+
+REFUSED = {
+    "one byte over the limit": (frame(TEXT, b"a" * (LIMIT + 1)), 1009),
+    "announces 2^62 bytes": (b"\x81\xff" + (1 << 62).to_bytes(8), 1009),
+    "announces 2^63 bytes": (b"\x81\xff" + (1 << 63).to_bytes(8), 1002),
+    "unmasked": (frame(TEXT, b"a", masked=False), 1002),
+    "reserved bit": (frame(TEXT, b"abc", rsv=4), 1002),
+    "reserved opcode 3": (frame(3, b"abc"), 1002),
+    "reserved opcode 11": (frame(11, b"abc"), 1002),
+    "fragmented ping": (frame(PING, b"a", fin=False), 1002),
+    "ping of 126 bytes": (frame(PING, b"a" * 126), 1002),
+    "continuation without start": (frame(CONTINUATION, b"a"), 1002),
+    "data frame inside a fragmented message": (frame(TEXT, b"a", fin=False) + frame(TEXT, b"b"), 1002),
+    "invalid UTF-8": (frame(TEXT, b'{"a":"\xff"}'), 1007),
+    "surrogate": (frame(TEXT, b"\xed\xa0\x80abcdef"), 1007),
+    "overlong": (frame(TEXT, b"\xc0\xafabcdefg"), 1007),
+    "UTF-8 cut at the end": (frame(TEXT, b"abcdefg\xe2\x82"), 1007),
+    "invalid UTF-8 in a short message": (frame(TEXT, b"\xff"), 1007),
+    "invalid UTF-8 in the second fragment": (
+        frame(TEXT, b"\xe2", fin=False) + frame(CONTINUATION, b"\x28", fin=False) + frame(CONTINUATION, b"\xa1"),
+        1007,
+    ),
+    "binary on a JSON connection": (frame(BINARY, b"abcdefgh"), 1003),
+    "close code 1005": (frame(CLOSE, (1005).to_bytes(2)), 1002),
+    "close code 999": (frame(CLOSE, (999).to_bytes(2)), 1002),
+    "close of one byte": (frame(CLOSE, b"a"), 1002),
+    "21 pings at once": (frame(PING) * 21, 1008),
+    "21 pongs at once": (frame(PONG) * 21, 1008),
+    "oversize message and ping in one segment (A1)": (frame(TEXT, b"a" * (LIMIT + 1)) + frame(PING), 1009),
+    "two oversize messages in one segment (A2)": (frame(TEXT, b"a" * (LIMIT + 1)) * 2, 1009),
+    "a million empty fragments (A8)": (frame(TEXT, fin=False) + frame(CONTINUATION, fin=False) * 20000, 1009),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+async def test_refused_with_its_close_code(new_server: NewServer, name: str) -> None:
+    attack, code = REFUSED[name]
+    async with open_gateway(new_server) as gateway:
+        neighbour, _ = await gateway.open()
+        peer, link = await gateway.open()
+        await peer.send(attack)
+        assert await peer.close_code() == code
+        assert await peer.ended()
+        await peer.stream.aclose()
+        await until(lambda: gateway.server.connections == 1)
+        assert link.losses == 1
+        assert link.received == []
+        await neighbour.send(frame(TEXT, b"still here"))
+        assert await neighbour.receive() == (TEXT, b"still here")
+        assert gateway.server.isolated_errors == 0
+
+
+async def test_text_on_a_msgpack_connection_is_refused(new_server: NewServer) -> None:
+    async with open_gateway(new_server) as gateway:
+        peer, _link = await gateway.open(subprotocol="trireme.v1.msgpack")
+        await peer.send(frame(TEXT, b"{}" * 10))
+        assert await peer.close_code() == 1003
+
+
+async def test_oversize_is_refused_from_the_header_before_any_payload(new_server: NewServer) -> None:
+    async with open_gateway(new_server) as gateway:
+        peer, _link = await gateway.open()
+        await peer.send(frame(TEXT, b"a" * (LIMIT + 1))[:14])
+        assert await peer.close_code() == 1009
+
+
+async def test_messages_before_a_refused_frame_are_delivered(new_server: NewServer) -> None:
+    async with open_gateway(new_server) as gateway:
+        peer, link = await gateway.open()
+        await peer.send(frame(TEXT, b"good one") + frame(TEXT, b"bad", rsv=1))
+        assert await peer.close_code() == 1002
+        assert link.received == [b"good one"]
+
+
+@pytest.mark.parametrize("inside_message", [False, True])
+async def test_a_close_is_echoed(new_server: NewServer, inside_message: bool) -> None:
+    async with open_gateway(new_server) as gateway:
+        peer, link = await gateway.open()
+        if inside_message:
+            await peer.send(frame(TEXT, b"half", fin=False))
+        await peer.send(frame(CLOSE, (1000).to_bytes(2) + b"done"))
+        opcode, payload = await peer.receive()
+        assert (opcode, payload[:2]) == (CLOSE, (1000).to_bytes(2))
+        assert await peer.ended()
+        await peer.stream.aclose()
+        await until(lambda: link.losses == 1 and gateway.server.connections == 0)
+
+
+async def test_closing_from_this_side_flushes_first(new_server: NewServer) -> None:
+    async with open_gateway(new_server) as gateway:
+        peer, link = await gateway.open()
+        link.transport.send_nowait(Outgoing(b"last words"))
+        link.transport.close_nowait(CloseCode.REPLACED)
+        link.transport.send_nowait(Outgoing(b"never sent"))
+        link.transport.close_nowait(CloseCode.NORMAL)
+        assert await peer.receive() == (TEXT, b"last words")
+        assert await peer.receive() == (CLOSE, (4409).to_bytes(2) + b"replaced")
+        assert await peer.ended()
+        await peer.send(frame(CLOSE, (4409).to_bytes(2)))
+        await peer.stream.aclose()
+        await until(lambda: link.losses == 1 and gateway.server.connections == 0)
+
+
+async def test_frames_after_our_close_are_not_read(new_server: NewServer) -> None:
+    """A3: one ping after the server's Close used to end the stock trio-websocket server."""
+    async with open_gateway(new_server) as gateway:
+        peer, link = await gateway.open()
+        gateway.server.close_all(CloseCode.RESTART)
+        assert await peer.receive() == (CLOSE, (1012).to_bytes(2) + b"restart")
+        await peer.send(frame(PING, b"late") + frame(TEXT, b"too late") + frame(TEXT, b"x", rsv=7))
+        assert await peer.ended()
+        assert link.received == []
+        assert gateway.server.isolated_errors == 0
+        other, _ = await gateway.open()
+        await other.send(frame(TEXT, b"alive"))
+        assert await other.receive() == (TEXT, b"alive")
+
+
+async def test_a_peer_that_does_not_answer_our_close_is_cut_off(new_server: NewServer) -> None:
+    async with open_gateway(new_server, close_seconds=0.2) as gateway:
+        _peer, link = await gateway.open()
+        link.transport.close_nowait(CloseCode.NORMAL)
+        await until(lambda: link.losses == 1 and gateway.server.connections == 0)
+
+
+async def test_a_server_ping_reaches_the_peer(new_server: NewServer) -> None:
+    async with open_gateway(new_server) as gateway:
+        peer, link = await gateway.open()
+        link.transport.ping_nowait()
+        opcode, payload = await peer.receive()
+        assert opcode == PING
+        heard = link.heard_count
+        await peer.send(frame(PONG, payload))
+        await until(lambda: link.heard_count > heard)
+
+
+# --- a link that is not ready --------------------------------------------------------------------------------------------
+
+
+async def test_held_messages_wait_in_order_while_pings_are_answered(new_server: NewServer) -> None:
+    async with open_gateway(new_server) as gateway:
+        peer, link = await gateway.open()
+        link.blocked = True
+        await peer.send(frame(TEXT, b"first one") + frame(PING, b"1") + frame(TEXT, b"2") + frame(PING, b"2"))
+        assert await peer.receive() == (PONG, b"1")
+        assert await peer.receive() == (PONG, b"2")
+        assert link.received == []
+        link.blocked = False
+        link.transport.resume_nowait()
+        assert await peer.receive() == (TEXT, b"first one")
+        assert await peer.receive() == (TEXT, b"2")
+
+
+async def test_a_close_behind_held_messages_is_answered(new_server: NewServer) -> None:
+    async with open_gateway(new_server) as gateway:
+        peer, link = await gateway.open()
+        link.blocked = True
+        await peer.send(frame(TEXT, b"held back") + frame(CLOSE, (1000).to_bytes(2)))
+        assert await peer.close_code() == 1000
+        await peer.stream.aclose()
+        await until(lambda: link.losses == 1)
+        assert link.received == []
+
+
+async def test_resuming_stops_where_the_link_blocks_again(new_server: NewServer) -> None:
+    async with open_gateway(new_server) as gateway:
+        peer, link = await gateway.open()
+        link.echo = False
+        link.blocked = True
+
+        def block_again(_payload: bytes) -> None:
+            link.blocked = True
+
+        link.on_receive = block_again
+        wanted = [b"message %d" % number for number in range(5)]
+        await peer.send(b"".join(map(frame, [TEXT] * 5, wanted)) + frame(PING))
+        await peer.receive()
+        for count in range(5):
+            assert link.received == wanted[:count]
+            link.blocked = False
+            link.transport.resume_nowait()
+        assert link.received == wanted
+
+
+async def test_resuming_from_inside_receive_is_safe(new_server: NewServer) -> None:
+    """A refusal can come back while the message is still being received: blocked and free again in one call."""
+    async with open_gateway(new_server) as gateway:
+        peer, link = await gateway.open()
+        link.echo = False
+
+        def block_and_resume(_payload: bytes) -> None:
+            link.blocked = True
+            link.blocked = False
+            link.transport.resume_nowait()
+
+        link.on_receive = block_and_resume
+        wanted = [b"message %d" % number for number in range(300)]
+        await peer.send(b"".join(frame(TEXT, payload) for payload in wanted))
+        await until(lambda: len(link.received) == 300)
+        assert link.received == wanted
+
+
+async def test_reading_stops_at_the_bound_and_goes_on_without_loss(new_server: NewServer) -> None:
+    async with open_gateway(new_server) as gateway:
+        peer, link = await gateway.open()
+        link.echo = False
+        link.blocked = True
+        wanted = [b"%08d" % number + b"x" * 1000 for number in range(20000)]
+        stalled = False
+        with trio.move_on_after(1):
+            await peer.send(b"".join(frame(TEXT, payload) for payload in wanted[:15000]))
+            stalled = True
+        assert not stalled, "15 MB went into a gateway that was to hold 64 KiB"
+        read = gateway.server.frames_in
+        assert read < 2000
+        link.blocked = False
+        link.transport.resume_nowait()
+        await until(lambda: len(link.received) > read + 100)
+        assert link.received == wanted[: len(link.received)]
+
+
+async def test_a_link_may_close_from_inside_receive(new_server: NewServer) -> None:
+    async with open_gateway(new_server) as gateway:
+        peer, link = await gateway.open()
+        link.echo = False
+        link.on_receive = lambda _payload: link.transport.close_nowait(CloseCode.AUTH)
+        await peer.send(frame(TEXT, b"first one") + frame(TEXT, b"second one"))
+        assert await peer.close_code() == 4401
+        assert link.received == [b"first one"]
+
+
+# --- a peer that does not read -------------------------------------------------------------------------------------------
+
+
+async def test_the_outbox_tells_its_link_once_and_drains(new_server: NewServer) -> None:
+    async with open_gateway(new_server) as gateway:
+        peer, link = await gateway.open()
+        chunk = Outgoing(b"x" * 60000)
+        sent = 0
+        with trio.fail_after(8):
+            while not link.overflows:
+                for _ in range(20):
+                    link.transport.send_nowait(chunk)
+                    sent += 1
+                    if link.overflows:
+                        break
+                await trio.sleep(0.01)
+        assert (link.overflows, link.drains) == (1, 0)
+        for _ in range(sent):
+            assert await peer.receive() == (TEXT, b"x" * 60000)
+        await until(lambda: link.drains == 1)
+        link.transport.send_nowait(Outgoing(b"live again"))
+        assert await peer.receive() == (TEXT, b"live again")
+
+
+async def test_a_peer_far_past_the_bound_is_cut_off(new_server: NewServer) -> None:
+    async with open_gateway(new_server) as gateway:
+        peer, link = await gateway.open()
+        link.transport.send_nowait(Outgoing(b"x" * 60000))
+        with trio.fail_after(8):
+            while not link.losses:
+                for _ in range(20):
+                    link.transport.send_nowait(Outgoing(b"x" * 60000))
+                await trio.sleep(0.01)
+        assert gateway.server.connections == 0
+        assert await peer.ended()
+
+
+async def test_a_stuck_outbox_ends_the_connection(new_server: NewServer) -> None:
+    async with open_gateway(new_server, stuck_seconds=0.3) as gateway:
+        _peer, link = await gateway.open()
+        with trio.fail_after(8):
+            while not link.overflows:
+                link.transport.send_nowait(Outgoing(b"x" * 60000))
+                await trio.sleep(0)
+        await until(lambda: link.losses == 1 and gateway.server.connections == 0)
+
+
+async def test_a_close_to_a_peer_that_does_not_read_has_a_deadline(new_server: NewServer) -> None:
+    async with open_gateway(new_server, close_seconds=0.3) as gateway:
+        _peer, link = await gateway.open()
+        with trio.fail_after(8):
+            while not link.overflows:
+                link.transport.send_nowait(Outgoing(b"x" * 60000))
+                await trio.sleep(0)
+        link.transport.close_nowait(CloseCode.SLOW_CONSUMER)
+        await until(lambda: link.losses == 1 and gateway.server.connections == 0)
+
+
+async def test_a_message_must_be_finished_in_time(new_server: NewServer) -> None:
+    async with open_gateway(new_server, message_seconds=0.4) as gateway:
+        fragment, _ = await gateway.open()
+        part, _ = await gateway.open()
+        quiet, _ = await gateway.open()
+        await quiet.send(frame(TEXT, b"complete") + frame(PING))
+        assert {await quiet.receive(), await quiet.receive()} == {(TEXT, b"complete"), (PONG, b"")}
+        await fragment.send(frame(TEXT, b"a", fin=False))
+        await part.send(frame(TEXT, b"abcdefgh")[:9])
+        assert await fragment.close_code() == 4408
+        assert await part.close_code() == 4408
+        await trio.sleep(0.5)
+        await quiet.send(frame(TEXT, b"still open"))
+        assert await quiet.receive() == (TEXT, b"still open")
+
+
+# --- links that fail, peers that vanish ----------------------------------------------------------------------------------
+
+
+async def test_a_link_that_raises_ends_only_itself(new_server: NewServer) -> None:
+    async with open_gateway(new_server) as gateway:
+        neighbour, _ = await gateway.open()
+        peer, link = await gateway.open()
+        link.raises = RuntimeError("a bug")
+        await peer.send(frame(TEXT, b"boom boom") + frame(TEXT, b"boom boom"))
+        assert await peer.close_code() == 1011
+        await peer.stream.aclose()
+        await until(lambda: link.losses == 1)
+        assert gateway.server.isolated_errors == 1
+        await neighbour.send(frame(TEXT, b"still here"))
+        assert await neighbour.receive() == (TEXT, b"still here")
+
+
+async def test_a_link_that_raises_on_resume_does_not_hurt_the_caller(new_server: NewServer) -> None:
+    async with open_gateway(new_server) as gateway:
+        peer, link = await gateway.open()
+        link.blocked = True
+        await peer.send(frame(TEXT, b"held back") + frame(PING))
+        await peer.receive()
+        link.blocked = False
+        link.raises = RuntimeError("a bug")
+        link.transport.resume_nowait()
+        assert gateway.server.isolated_errors == 1
+        assert await peer.close_code() == 1011
+
+
+async def test_a_host_that_raises_costs_one_connection(new_server: NewServer) -> None:
+    async with open_gateway(new_server) as gateway:
+
+        def refuse(_link: RecordingLink) -> None:
+            raise RuntimeError("a bug")
+
+        gateway.host.prepare = refuse
+        peer = await gateway.open_raw()
+        await peer.send(request_head())
+        await peer.head()
+        assert await peer.close_code() == 1011
+        gateway.host.prepare = None
+        other, _ = await gateway.open()
+        await other.send(frame(TEXT, b"alive"))
+        assert await other.receive() == (TEXT, b"alive")
+
+
+@pytest.mark.parametrize("ending", ["close", "reset"])
+async def test_a_vanished_peer_is_noticed(new_server: NewServer, ending: str) -> None:
+    async with open_gateway(new_server) as gateway:
+        peer, link = await gateway.open()
+        if ending == "close":
+            await peer.stream.aclose()
+        else:
+            peer.reset()
+        await until(lambda: link.losses == 1 and gateway.server.connections == 0)
+        link.transport.send_nowait(Outgoing(b"nobody"))
+        link.transport.ping_nowait()
+        link.transport.resume_nowait()
+        link.transport.close_nowait(CloseCode.NORMAL)
+        assert link.losses == 1
+
+
+async def test_300_connects_and_resets_leave_nothing(new_server: NewServer) -> None:
+    """A6."""
+    async with open_gateway(new_server) as gateway:
+        for number in range(300):
+            peer = await gateway.open_raw()
+            if number % 3:
+                await peer.send(request_head() if number % 2 else b"GET / HTT")
+            if number % 4:
+                peer.reset()
+            else:
+                await peer.stream.aclose()
+        await until(lambda: gateway.server.accepted == 300 and gateway.server.connections == 0)
+        assert all(link.losses == 1 for link in gateway.host.links)
+        assert gateway.server.isolated_errors == 0
+
+
+async def test_twenty_connections_of_one_byte_fragments(new_server: NewServer) -> None:
+    """A9."""
+    async with open_gateway(new_server) as gateway:
+        attack = frame(TEXT, b"a", fin=False) + frame(CONTINUATION, b"b", fin=False) * 2000
+        peers = [(await gateway.open())[0] for _ in range(20)]
+        for peer in peers:
+            await peer.send(attack)
+        for peer in peers:
+            assert await peer.close_code() == 1009
+
+
+async def test_a_stopped_listener_keeps_its_connections(new_server: NewServer) -> None:
+    async with open_gateway(new_server) as gateway:
+        peer, _link = await gateway.open()
+        gateway.server.stop_accepting()
+        await trio.sleep(0.05)
+        late = await gateway.open_raw()
+        await late.send(request_head())
+        await trio.sleep(0.2)
+        assert gateway.server.accepted == 1
+        await peer.send(frame(TEXT, b"still served"))
+        assert await peer.receive() == (TEXT, b"still served")
+
+
+async def test_the_end_of_serving_loses_every_link(new_server: NewServer) -> None:
+    async with open_gateway(new_server) as gateway:
+        links = [(await gateway.open())[1] for _ in range(3)]
+    assert [link.losses for link in links] == [1, 1, 1]
+
+
+# --- any bytes -----------------------------------------------------------------------------------------------------------
+
+SERVERS = st.sampled_from([EpollServer, TrioWebSocketServer])
+MESSAGES = st.lists(
+    st.tuples(st.text(max_size=300).map(str.encode), st.integers(1, 4), st.booleans()), min_size=1, max_size=8
+)
+RELAXED = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def _stream_of(messages: list[tuple[bytes, int, bool]]) -> bytes:
+    """Messages, each in so many fragments and perhaps with a pong inside, as one byte stream."""
+    stream = b""
+    for payload, parts, control in messages:
+        size = max(1, -(-len(payload) // parts))
+        pieces = [payload[at : at + size] for at in range(0, len(payload), size)] or [b""]
+        for number, piece in enumerate(pieces):
+            opcode = TEXT if number == 0 else CONTINUATION
+            stream += frame(opcode, piece, fin=number == len(pieces) - 1)
+            if control:
+                stream += frame(PONG, b"?") if number == 0 else b""
+    return stream
+
+
+@RELAXED
+@given(server=SERVERS, messages=MESSAGES, cuts=st.lists(st.integers(1, 200), min_size=1, max_size=30))
+async def test_segmentation_does_not_matter(
+    server: NewServer, messages: list[tuple[bytes, int, bool]], cuts: list[int]
+) -> None:
+    async with open_gateway(server) as gateway:
+        peer, link = await gateway.open()
+        link.echo = False
+        stream = _stream_of(messages)
+        at = 0
+        for cut in cuts:
+            await peer.send(stream[at : at + cut])
+            at += cut
+            await trio.sleep(0)
+        await peer.send(stream[at:])
+        await until(lambda: len(link.received) == len(messages))
+        assert link.received == [payload for payload, _, _ in messages]
+
+
+@RELAXED
+@given(server=SERVERS, noise=st.lists(st.binary(max_size=400), max_size=5), upgraded=st.booleans())
+async def test_noise_never_ends_the_server(server: NewServer, noise: list[bytes], upgraded: bool) -> None:
+    async with open_gateway(server, close_seconds=0.3) as gateway:
+        neighbour, _ = await gateway.open()
+        peer = (await gateway.open())[0] if upgraded else await gateway.open_raw()
+        try:
+            for data in noise:
+                await peer.send(data)
+                await trio.sleep(0)
+        except trio.BrokenResourceError:
+            pass
+        await peer.stream.aclose()
+        await neighbour.send(frame(TEXT, b"still here"))
+        assert await neighbour.receive() == (TEXT, b"still here")
+        await until(lambda: gateway.server.connections == 1)
+        assert gateway.server.isolated_errors == 0
