@@ -350,6 +350,9 @@ class Broker:
             finally:
                 with anyio.CancelScope(shield=True), anyio.move_on_after(2):
                     await pubsub.aclose()  # type: ignore[no-untyped-call]
+                    if tracker.connection is not None:
+                        # It must not go back to the pool: it still tracks.
+                        await tracker.connection.disconnect(nowait=True)
                     await tracker.aclose()
 
 

@@ -123,6 +123,12 @@ class Owned:
     def is_group(self) -> bool:
         return self.conversation.conversation_type is ConversationType.GROUP
 
+    def default_receiver(self, sender_id: str) -> str:
+        """Who a message without receiver_id is for: the other participant, or the group itself."""
+        if self.is_group:
+            return self.conversation_id
+        return next((user_id for user_id in self.roster if user_id != sender_id), sender_id)
+
     def announce_marks(self) -> tuple[int, int] | None:
         """(delivered, read) that all members have reached, where either moved since last asked."""
         if not self.members:

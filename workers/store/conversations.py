@@ -112,14 +112,13 @@ class ConversationStore:
         """Write a conversation and its memberships where they are missing; repeating it changes nothing."""
         document = to_document(conversation)
         document["membership_seq"] = membership_seq
+        stays = [
+            UpdateOne({"_id": m.membership_id}, {"$setOnInsert": _without_id(to_document(m))}, upsert=True)
+            for m in members
+        ]
         with store_errors():
-            await self._memberships.bulk_write(
-                [
-                    UpdateOne({"_id": m.membership_id}, {"$setOnInsert": _without_id(to_document(m))}, upsert=True)
-                    for m in members
-                ],
-                ordered=False,
-            )
+            if stays:
+                await self._memberships.bulk_write(stays, ordered=False)
             await self._conversations.update_one(
                 {"_id": document["_id"]}, {"$setOnInsert": _without_id(document)}, upsert=True
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from pymongo.errors import PyMongoError
+from pymongo.errors import InvalidOperation, PyMongoError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,5 +20,8 @@ def store_errors() -> Iterator[None]:
     """Turn any driver failure of a read or an idempotent write into `StoreUnavailable`."""
     try:
         yield
+    except InvalidOperation:
+        # A bug of ours: no use trying again.
+        raise
     except PyMongoError as error:
         raise StoreUnavailable(str(error)) from error

@@ -11,7 +11,7 @@ from collections import defaultdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pymongo.errors import AutoReconnect, BulkWriteError, ExecutionTimeout, PyMongoError, WTimeoutError
+from pymongo.errors import BulkWriteError, InvalidOperation, PyMongoError
 
 from protocol.models import MessageStatus
 from workers.store.errors import StoreUnavailable, store_errors
@@ -89,8 +89,8 @@ class MessageStore:
             await self._messages.insert_many(documents, ordered=True)
         except BulkWriteError as error:
             raise _classify(error) from error
-        except (AutoReconnect, ExecutionTimeout, WTimeoutError) as error:
-            raise OutcomeUnknown(str(error)) from error
+        except InvalidOperation:
+            raise
         except PyMongoError as error:
             raise OutcomeUnknown(str(error)) from error
 

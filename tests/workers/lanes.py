@@ -1,0 +1,175 @@
+"""A lane's surroundings on real Valkey and mongod, for the tests of the ingest role: who sends, who is where, what came down."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import msgspec
+
+from protocol import codec, keys, records
+from protocol.models import ConnectionRegistry, ConversationType, MessageType
+from workers.broker import Broker, open_broker
+from workers.consumer import Lane
+from workers.delivery import Registry
+from workers.store import Store, open_store
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+SHARDS = 4
+INSTANCE = "gw-test"
+
+
+class Yard:
+    """One instance's view: it puts records into shards and reads what comes down."""
+
+    def __init__(self, store: Store, broker: Broker) -> None:
+        self.store = store
+        self.broker = broker
+        self._last_down = b"0"
+        self.down: list[records.DownItem] = []
+
+    async def open(self) -> None:
+        await self.broker.agree_shards(SHARDS)
+        await self.broker.create_down(INSTANCE)
+        await self.broker.renew_instance(INSTANCE, records.InstanceInfo("gateway", "", 0, draining=False))
+        await self.broker.create_ingest_groups(range(SHARDS))
+
+    async def connect(self, *user_ids: str) -> None:
+        """These users have one device here."""
+        for user_id in user_ids:
+            value = codec.encode_value(ConnectionRegistry(instance_id=INSTANCE, connection_id="1", timestamp=1))
+            await self.broker.client.hset(keys.connection(user_id), "d1", value)
+
+    async def put(self, record: records.IngestRecord, conversation_id: str) -> None:
+        await self.broker.append_ingest(keys.shard_of(conversation_id, SHARDS), record)
+
+    async def send(
+        self,
+        conversation_id: str,
+        sender_id: str,
+        key: str,
+        content: str = "hello",
+        connection: int = 7,
+        **changes: object,
+    ) -> None:
+        fields = {
+            "instance": INSTANCE,
+            "connection": connection,
+            "sender_id": sender_id,
+            "device_id": "d1",
+            "conversation_id": conversation_id,
+            "client_message_id": f"c-{key}",
+            "idempotency_key": key,
+            "receiver_id": "",
+            "content": content,
+            "message_type": MessageType.TEXT,
+            "media_url": None,
+            "reply_to_message_id": None,
+            "timestamp": 1_700_000_000_000,
+        }
+        await self.put(records.SendMessage(**{**fields, **changes}), conversation_id)  # type: ignore[arg-type]
+
+    async def create(self, *participants: str, kind: ConversationType = ConversationType.ONE_TO_ONE) -> str:
+        """Ask for a conversation; returns its id at once."""
+        if kind is ConversationType.ONE_TO_ONE:
+            conversation_id = keys.direct_conversation_id(*participants)
+        else:
+            conversation_id = f"conv_group_of_{participants[0]}"
+        record = records.CreateConversation(
+            INSTANCE,
+            "create",
+            f"create:{conversation_id}",
+            conversation_id,
+            kind,
+            participants[0],
+            list(participants),
+            "",
+        )
+        await self.put(record, conversation_id)
+        return conversation_id
+
+    async def add(self, conversation_id: str, actor: str, *user_ids: str, request: str = "add") -> None:
+        record = records.AddParticipants(INSTANCE, request, f"cmd-{request}", conversation_id, actor, list(user_ids))
+        await self.put(record, conversation_id)
+
+    async def remove(self, conversation_id: str, actor: str, user_id: str, request: str = "remove") -> None:
+        record = records.RemoveParticipant(INSTANCE, request, f"cmd-{request}", conversation_id, actor, user_id)
+        await self.put(record, conversation_id)
+
+    async def delivered(self, message_id: str, user_id: str, device_id: str = "d1") -> None:
+        shard = keys.shard_of_message(message_id, SHARDS)
+        assert shard is not None
+        mark = records.DeliveredMark(user_id, device_id, message_id)
+        await self.broker.append_ingest(shard, records.Receipts([mark], []))
+
+    async def read(self, message_id: str, user_id: str) -> None:
+        shard = keys.shard_of_message(message_id, SHARDS)
+        assert shard is not None
+        mark = records.ReadMark(user_id, "d1", [message_id])
+        await self.broker.append_ingest(shard, records.Receipts([], [mark]))
+
+    async def next_down(self, wanted: type | tuple[type, ...], count: int, seconds: float = 5.0) -> list[Any]:
+        """The next `count` items of these kinds, in order; the others stay in `down`."""
+        found: list[Any] = []
+        with anyio.fail_after(seconds):
+            while True:
+                for item in list(self.down):
+                    if len(found) < count and isinstance(item, wanted):
+                        self.down.remove(item)
+                        found.append(item)
+                if len(found) == count:
+                    return found
+                for entry_id, payload in await self.broker.read_down(INSTANCE, self._last_down, 200):
+                    self._last_down = entry_id
+                    self.down += codec.decode_down(payload)
+
+    async def acks(self, count: int) -> list[dict[str, Any]]:
+        """Frames of the next outcomes, decoded loosely."""
+
+        return [msgspec.json.decode(item.frame) for item in await self.next_down(records.Outcome, count)]
+
+    async def log(self, conversation_id: str) -> list[dict[str, Any]]:
+        """The stored log, in order."""
+        cursor = self.store.db["messages"].find({"conversation_id": conversation_id}).sort("sequence_number", 1)
+        return [document async for document in cursor]
+
+
+@asynccontextmanager
+async def open_yard(redis_url: str, mongodb_url: str) -> AsyncIterator[Yard]:
+    """Store, broker and one gateway's down stream."""
+    async with open_store(mongodb_url) as store, open_broker(redis_url) as broker:
+        yard = Yard(store, broker)
+        await yard.open()
+        yield yard
+
+
+@asynccontextmanager
+async def run_lane(yard: Yard, shards: frozenset[int] = frozenset(range(SHARDS))) -> AsyncIterator[Lane]:
+    """A lane at work on these shards until the block ends, then stopped cleanly."""
+    registry = Registry(yard.broker)
+    lane = Lane(yard.store, yard.broker, registry, 500, SHARDS)
+    stopping = anyio.Event()
+    async with anyio.create_task_group() as group:
+        group.start_soon(registry.run)
+        async with anyio.create_task_group() as lanes:
+            lanes.start_soon(lane.run, stopping)
+            lane.set_shards(shards)
+            yield lane
+            stopping.set()
+        group.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def crashing_lane(yard: Yard) -> AsyncIterator[Lane]:
+    """A lane that is cut off where it stands when the block ends, as by kill -9."""
+    registry = Registry(yard.broker)
+    lane = Lane(yard.store, yard.broker, registry, 500, SHARDS)
+    async with anyio.create_task_group() as group:
+        group.start_soon(registry.run)
+        group.start_soon(lane.run, anyio.Event())
+        lane.set_shards(frozenset(range(SHARDS)))
+        yield lane
+        group.cancel_scope.cancel()
