@@ -152,7 +152,7 @@ class Hub:
         session = connection.session
         refused = self._refuse_early(payload)
         if refused is None:
-            match self._admission.check(payload, _host(connection.remote), now, self.wall_ms()):
+            match self._admission.check(payload, connection.remote, now, self.wall_ms()):
                 case Refused() as refused:
                     self.counts.auth_failures += 1
                 case Admitted() as admitted:
@@ -379,9 +379,3 @@ class Hub:
         """End every session: error-free close, registration taken back."""
         for connection in list(self._connections.values()):
             self._guard(connection, lambda target=connection: target.run(target.session.close(code), self._clock()))  # type: ignore[misc]
-
-
-def _host(remote: str) -> str:
-    """The address without its port."""
-    host, separator, port = remote.rpartition(":")
-    return host if separator and port.isdecimal() else remote

@@ -124,7 +124,7 @@ class House:
             pages=lambda path: None,
         )
 
-    def connect(self, remote: str = "10.0.0.1:5000", *, binary: bool = False) -> tuple[Connection, FakeTransport]:
+    def connect(self, remote: str = "10.0.0.1", *, binary: bool = False) -> tuple[Connection, FakeTransport]:
         """A client that has not authenticated yet."""
         transport = FakeTransport()
         frame_codec = codec.MSGPACK if binary else codec.JSON
@@ -148,7 +148,12 @@ class House:
         self.send(connection, {"type": "auth", "payload": payload})
 
     def open(
-        self, user_id: str = "usr_a", device_id: str = "d1", heads: dict[str, int] | None = None, *, binary: bool = False
+        self,
+        user_id: str = "usr_a",
+        device_id: str = "d1",
+        heads: dict[str, int] | None = None,
+        *,
+        binary: bool = False,
     ) -> tuple[Connection, FakeTransport]:
         """A live client whose cursors stand at `heads` of its conversations; nothing recorded of its opening."""
         connection, transport = self.connect(binary=binary)
