@@ -52,6 +52,8 @@ class Registry:
         self._where: dict[str, tuple[str, ...]] = {}
         self._live: frozenset[str] = frozenset()
         self._following = False
+        self._changes = 0
+        """Invalidations seen: what was read before one of them is not cached after it."""
 
     async def run(self) -> None:
         """Follow the invalidations until cancelled; while they are not followed nothing is cached."""
@@ -63,6 +65,7 @@ class Registry:
                         self._where.clear()
                         self._following = True
                         async for users in changes:
+                            self._changes += 1
                             if users is None:
                                 self._where.clear()
                             else:
@@ -90,20 +93,25 @@ class Registry:
 
     async def locate(self, user_ids: Iterable[str]) -> dict[str, tuple[str, ...]]:
         """Where these users are now; an empty tuple is offline. Raises BrokerUnavailable."""
-        where = self._where
-        missing = [user_id for user_id in user_ids if user_id not in where]
-        if not missing:
-            return where
-        if not self._following:
-            where = {}
-            missing = list(user_ids)
-        found = await self._broker.locate(missing)
+        wanted = list(user_ids)
+        if self._following and all(user_id in self._where for user_id in wanted):
+            return self._where
+        known = self._where if self._following else {}
+        # A snapshot: invalidations come while this waits, and what they make stale must not be kept either.
+        where = {user_id: known[user_id] for user_id in wanted if user_id in known}
+        changes = self._changes
+        found = await self._broker.locate([user_id for user_id in wanted if user_id not in where])
         if any(instance not in self._live for instances in found.values() for instance in instances):
             await self._see_live()
-        if len(self._where) > REGISTRY_LIMIT:
-            self._where.clear()
-        for user_id, instances in found.items():
-            where[user_id] = tuple(instance for instance in instances if instance in self._live)
+        fresh = {
+            user_id: tuple(instance for instance in instances if instance in self._live)
+            for user_id, instances in found.items()
+        }
+        if self._following and changes == self._changes:
+            if len(self._where) > REGISTRY_LIMIT:
+                self._where.clear()
+            self._where.update(fresh)
+        where.update(fresh)
         return where
 
 
