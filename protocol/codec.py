@@ -6,13 +6,16 @@ a client got wrong, `msgspec.DecodeError` for a record that cannot be read.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
 
 from protocol import frames, records
 from protocol.errors import ErrorCode, RemoteProtocolError
 from protocol.models import ConnectionRegistry, Presence, SystemEvent
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 MAX_FRAME_BYTES: Final = 64 * 1024
 MAX_CONTENT_BYTES: Final = 48 * 1024
@@ -90,15 +93,31 @@ def transcode_to_msgpack(json_frame: bytes) -> bytes:
     return MSGPACK.encode(_from_json(json_frame))
 
 
+Decoded = TypeVar("Decoded")
+
+
+def _record_decoder(decoder: msgspec.msgpack.Decoder[Decoded]) -> Callable[[bytes], Decoded]:
+    """Bytes of a stream → record. Raises msgspec.DecodeError, also where msgspec lets a lower error through."""
+    decode_bytes = decoder.decode
+
+    def decode(data: bytes) -> Decoded:
+        try:
+            return decode_bytes(data)
+        except (UnicodeDecodeError, RecursionError) as error:
+            raise msgspec.DecodeError(str(error)) from None
+
+    return decode
+
+
 _from_json = msgspec.json.Decoder().decode
 _to_msgpack = msgspec.msgpack.Encoder().encode
 encode_record = _to_msgpack
 """One ingest record or query → bytes."""
-decode_ingest = msgspec.msgpack.Decoder(records.IngestRecord).decode
-decode_query = msgspec.msgpack.Decoder(records.Query).decode
+decode_ingest = _record_decoder(msgspec.msgpack.Decoder[records.IngestRecord](records.IngestRecord))
+decode_query = _record_decoder(msgspec.msgpack.Decoder[records.Query](records.Query))
 encode_down = _to_msgpack
 """A list of down items → bytes."""
-decode_down = msgspec.msgpack.Decoder(list[records.DownItem]).decode
+decode_down = _record_decoder(msgspec.msgpack.Decoder[list[records.DownItem]](list[records.DownItem]))
 
 encode_value = msgspec.json.Encoder().encode
 decode_registry = msgspec.json.Decoder(ConnectionRegistry).decode

@@ -204,8 +204,8 @@ class OpenAnswer(Record, tag="O", frozen=True, gc=False):
 class PageAnswer(Record, tag="P", frozen=True, gc=False):
     """Answer to `PageQuery`: accounts for from..to; `digest` is the one at `to_sequence`; empty page, empty frame.
 
-    `from_sequence` is the asked `after_sequence` + 1 even where the member sees nothing that early: it tells the session
-    which question this answers.
+    `from_sequence` is the asked `after_sequence` + 1 even where the member sees nothing that early: it tells
+    the session which question this answers.
     """
 
     connection: int

@@ -1,4 +1,4 @@
-"""Playbooks of delivery in `protocol.session`: live frames, gaps, pages, lag, sync. C4, C5 and C8 for one connection."""
+"""Playbooks of delivery in `protocol.session`: live frames, gaps, pages, lag, sync. C4, C5, C8 for one connection."""
 
 from __future__ import annotations
 
