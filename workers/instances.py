@@ -1,4 +1,4 @@
-"""Instances: the REST role's own lease and down stream, and the workers' view of who is alive.
+"""The REST role as an instance: its lease, its down stream, and the requests that wait for what comes on it.
 
 An instance lives as long as its lease `instance:{id}`; records for it come on `down:{id}`, which it creates itself,
 because nobody writes to a stream that is not there.
@@ -6,7 +6,7 @@ because nobody writes to a stream that is not there.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import anyio
 import anyio.abc
@@ -17,11 +17,7 @@ from protocol import codec, records
 from workers import metrics
 from workers.broker import Broker, BrokerUnavailable
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 RENEW_SECONDS: Final = 5.0
-LOOK_SECONDS: Final = 2.0
 _BLOCK_MS: Final = 2000
 _RETRY_SECONDS: Final = 0.5
 _WAITING_LIMIT: Final = 10_000
@@ -132,31 +128,3 @@ class Instance:
         finally:
             del self._waiting[record.request]
         return waiting.outcome
-
-
-class LiveInstances:
-    """Who is alive, as of the last look; workers deliver only to these."""
-
-    def __init__(self, broker: Broker) -> None:
-        self._broker = broker
-        self.infos: dict[str, records.InstanceInfo] = {}
-
-    def is_live(self, instance_id: str) -> bool:
-        """Atomic; at most LOOK_SECONDS behind, so a new instance may still be missing."""
-        return instance_id in self.infos
-
-    async def look(self) -> None:
-        """Look once. Raises BrokerUnavailable; the last view stays."""
-        self.infos = await self._broker.live_instances()
-
-    async def run(self, changed: Callable[[], None] | None = None) -> None:
-        """Look every 2 s until cancelled. `changed` is called when an instance came or went."""
-        while True:
-            before = self.infos.keys()
-            try:
-                await self.look()
-            except BrokerUnavailable as error:
-                log.warning("instances_unknown", error=str(error))
-            if changed is not None and self.infos.keys() != before:
-                changed()
-            await anyio.sleep(LOOK_SECONDS)

@@ -6,7 +6,7 @@ it, before anything starts. No value is ever repeated in an error: some are secr
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal, get_args, get_origin
 
 import msgspec
 from msgspec import Meta
@@ -87,7 +87,9 @@ def load_settings(environ: Mapping[str, str], roles: Iterable[str]) -> Settings:
         try:
             values[field.name] = msgspec.convert(text, field.type, strict=False)
         except msgspec.ValidationError as error:
-            raise SettingError(f"{variable} is malformed: {error}") from None
+            choices = get_args(field.type) if get_origin(field.type) is Literal else ()
+            reason = f"it must be one of {', '.join(choices)}" if choices else str(error)
+            raise SettingError(f"{variable} is malformed: {reason}") from None
     needed = _NEEDED_BY_ALL + (_NEEDED_BY_REST if "rest" in roles else ())
     for name in needed:
         if name not in values:

@@ -6,12 +6,17 @@ in as arguments.
 
 from __future__ import annotations
 
-from typing import Final
+import warnings
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 from joserfc import jwt
-from joserfc.errors import JoseError
+from joserfc.errors import JoseError, SecurityWarning
 from joserfc.jwk import OKPKey
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ALGORITHM: Final = "EdDSA"
 ACCEPTED: Final = ["EdDSA", "Ed25519"]
@@ -33,12 +38,22 @@ class KeyUnfit(Exception):
     """The private key cannot sign; one line."""
 
 
+@contextmanager
+def _older_name() -> Iterator[None]:
+    """The library warns that the name "EdDSA" is deprecated; the signature is the same, and verifiers know it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SecurityWarning)
+        yield
+
+
 class Tokens:
     """Signs with one private key, verifies with its public half."""
 
     def __init__(self, private_jwk: str) -> None:
         try:
             self._private = OKPKey.import_key(msgspec.json.decode(private_jwk))
+            if not self._private.is_private:
+                raise KeyUnfit("TRIREME_JWT_PRIVATE_KEY cannot sign: it is a public key")
             self._public = OKPKey.import_key(self._private.as_dict(private=False))
         except (JoseError, ValueError, TypeError, KeyError) as error:
             raise KeyUnfit(f"TRIREME_JWT_PRIVATE_KEY cannot sign: {error}") from error
@@ -52,12 +67,14 @@ class Tokens:
         claims = {"sub": user_id, "iat": now, "exp": expires_at, "jti": token_id}
         if device_id is not None:
             claims["device_id"] = device_id
-        return jwt.encode(self._header, claims, self._private, algorithms=ACCEPTED), expires_at
+        with _older_name():
+            return jwt.encode(self._header, claims, self._private, algorithms=ACCEPTED), expires_at
 
     def verify(self, token: str, now: int) -> Claims | None:
         """The claims of a token that is ours and good at `now` (epoch seconds), else None: never why not."""
         try:
-            decoded = jwt.decode(token, self._public, algorithms=ACCEPTED)
+            with _older_name():
+                decoded = jwt.decode(token, self._public, algorithms=ACCEPTED)
             claims = msgspec.convert(decoded.claims, Claims)
         except (JoseError, ValueError, TypeError, KeyError):
             return None

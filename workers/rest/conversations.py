@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final, Generic, TypeVar
 import msgspec
 from litestar import Request, Response, delete, get, post
 from litestar.datastructures import State
-from litestar.params import Parameter
+from litestar.params import HeaderParameter, PathParameter, QueryParameter
 from msgspec import Meta
 
 from protocol import keys
@@ -22,10 +22,10 @@ from workers.store.logs import NotVisible
 from workers.store.overviews import Overview, Place
 
 CallerRequest = Request[Caller, Any, State]
-PathId = Annotated[str, Parameter(pattern=r"^[A-Za-z0-9_.:-]{1,64}$")]
-Limit = Annotated[int, Parameter(ge=1, le=100)]
+PathId = Annotated[str, PathParameter(pattern=r"^[A-Za-z0-9_.:-]{1,64}$")]
+Limit = Annotated[int, QueryParameter(ge=1, le=100)]
 IdempotencyHeader = Annotated[
-    str | None, Parameter(header="Idempotency-Key", pattern=r"^[A-Za-z0-9._:-]{1,128}$", required=False)
+    str | None, HeaderParameter(name="Idempotency-Key", pattern=r"^[A-Za-z0-9._:-]{1,128}$", required=False)
 ]
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
@@ -95,7 +95,7 @@ async def _check_known(desk: Desk, user_ids: list[str]) -> None:
 async def list_conversations(
     request: CallerRequest,
     desk: Desk,
-    cursor: Annotated[str | None, Parameter(max_length=96, required=False)] = None,
+    cursor: Annotated[str | None, QueryParameter(max_length=96, required=False)] = None,
     limit: Limit = 50,
 ) -> Listing[Overview]:
     """The caller's conversations, newest activity first, each with its unread count."""
@@ -129,8 +129,8 @@ async def list_messages(
     request: CallerRequest,
     conversation_id: PathId,
     desk: Desk,
-    before_sequence: Annotated[int | None, Parameter(ge=1, le=2**53, required=False)] = None,
-    cursor: Annotated[int | None, Parameter(ge=1, le=2**53, required=False)] = None,
+    before_sequence: Annotated[int | None, QueryParameter(ge=1, le=2**53, required=False)] = None,
+    cursor: Annotated[int | None, QueryParameter(ge=1, le=2**53, required=False)] = None,
     limit: Limit = 50,
 ) -> Listing[StoredMessage]:
     """Newest first, before a sequence (`cursor` is the same thing). Who has left sees up to where they left."""

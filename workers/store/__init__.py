@@ -31,7 +31,7 @@ from pymongo.write_concern import WriteConcern
 from workers.store.conversations import ConversationStore
 from workers.store.errors import StoreUnavailable, store_errors
 from workers.store.heads import HeadReader
-from workers.store.indexes import PLAIN_COLLECTIONS, index_models
+from workers.store.indexes import DAY_SECONDS, PLAIN_COLLECTIONS, RETENTION_INDEX, index_models
 from workers.store.logs import LogReader
 from workers.store.marks import MarkStore
 from workers.store.messages import MessageStore
@@ -110,8 +110,19 @@ class Store:
                     await self.db.create_collection(name)
                 except CollectionInvalid:
                     log.debug("collection_made_elsewhere", name=name)
+        if "messages" in present:
+            await self._agree_retention()
         for name, indexes in index_models(self.retention_days).items():
             await self.db[name].create_indexes(indexes)
+
+    async def _agree_retention(self) -> None:
+        """A TTL index cannot be created again with another lifetime, but it can be changed."""
+        seconds = self.retention_days * DAY_SECONDS
+        async for index in await self.db["messages"].list_indexes():
+            if index["name"] == RETENTION_INDEX and index["expireAfterSeconds"] != seconds:
+                change = {"name": RETENTION_INDEX, "expireAfterSeconds": seconds}
+                await self.db.command("collMod", "messages", index=change)
+                log.warning("message_retention_changed", days=self.retention_days)
 
 
 def _first_line(error: Exception) -> str:

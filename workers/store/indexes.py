@@ -12,6 +12,7 @@ from pymongo import ASCENDING, DESCENDING, IndexModel
 DAY_SECONDS: Final = 86_400
 SEQUENCE_INDEX: Final = "conversation_sequence"
 SCOPED_KEY_INDEX: Final = "scoped_idempotency_key"
+RETENTION_INDEX: Final = "retention"
 SYSTEM_INDEX: Final = "system_messages"
 """Partial index over a group's system messages: its state is the fold of them."""
 PLAIN_COLLECTIONS: Final = ("sequence_numbers",)
@@ -32,7 +33,9 @@ def index_models(retention_days: int) -> dict[str, list[IndexModel]]:
                 unique=True,
             ),
             IndexModel([("conversation_id", ASCENDING), ("timestamp", DESCENDING)], name="conversation_timestamp"),
-            IndexModel([("created_at", ASCENDING)], name="retention", expireAfterSeconds=retention_days * DAY_SECONDS),
+            IndexModel(
+                [("created_at", ASCENDING)], name=RETENTION_INDEX, expireAfterSeconds=retention_days * DAY_SECONDS
+            ),
             IndexModel(
                 [("conversation_id", ASCENDING), ("sequence_number", ASCENDING)],
                 name=SYSTEM_INDEX,
@@ -56,12 +59,12 @@ def index_models(retention_days: int) -> dict[str, list[IndexModel]]:
             for field in ("phone", "email")
         ],
         "idempotency_keys": [
-            IndexModel([("created_at", ASCENDING)], name="retention", expireAfterSeconds=DAY_SECONDS),
+            IndexModel([("created_at", ASCENDING)], name=RETENTION_INDEX, expireAfterSeconds=DAY_SECONDS),
         ],
         "dead_letter_queue": [
             IndexModel([("status", ASCENDING), ("next_retry_at", ASCENDING)], name="status_next_retry"),
             IndexModel([("created_at", DESCENDING)], name="newest"),
             IndexModel([("message._id", ASCENDING)], name="message"),
-            IndexModel([("expires_at", ASCENDING)], name="retention", expireAfterSeconds=0),
+            IndexModel([("expires_at", ASCENDING)], name=RETENTION_INDEX, expireAfterSeconds=0),
         ],
     }
