@@ -1,4 +1,4 @@
-"""One suite over both transports: messages, held frames, outboxes, closes and deadlines, with real sockets on loopback."""
+"""One suite over both transports: messages, held frames, outboxes, closes, deadlines; real sockets on loopback."""
 
 from __future__ import annotations
 
@@ -284,7 +284,7 @@ async def test_a_server_ping_reaches_the_peer(new_server: NewServer) -> None:
         await until(lambda: link.heard_count > heard)
 
 
-# --- a link that is not ready --------------------------------------------------------------------------------------------
+# --- a link that is not ready ----------------------------------------------------------------------------------------
 
 
 async def test_held_messages_wait_in_order_while_pings_are_answered(new_server: NewServer) -> None:
@@ -379,22 +379,24 @@ async def test_a_link_may_close_from_inside_receive(new_server: NewServer) -> No
         assert link.received == [b"first one"]
 
 
-# --- a peer that does not read -------------------------------------------------------------------------------------------
+# --- a peer that does not read ---------------------------------------------------------------------------------------
+
+
+async def overflow(link: RecordingLink) -> int:
+    """Send 60,000-byte frames until the outbox is past its bound; how many it took."""
+    sent = 0
+    with trio.fail_after(8):
+        while link.overflows == 0:
+            link.transport.send_nowait(Outgoing(b"x" * 60000))
+            sent += 1
+            await trio.lowlevel.checkpoint()
+    return sent
 
 
 async def test_the_outbox_tells_its_link_once_and_drains(new_server: NewServer) -> None:
     async with open_gateway(new_server) as gateway:
         peer, link = await gateway.open()
-        chunk = Outgoing(b"x" * 60000)
-        sent = 0
-        with trio.fail_after(8):
-            while not link.overflows:
-                for _ in range(20):
-                    link.transport.send_nowait(chunk)
-                    sent += 1
-                    if link.overflows:
-                        break
-                await trio.sleep(0.01)
+        sent = await overflow(link)
         assert (link.overflows, link.drains) == (1, 0)
         for _ in range(sent):
             assert await peer.receive() == (TEXT, b"x" * 60000)
@@ -419,20 +421,14 @@ async def test_a_peer_far_past_the_bound_is_cut_off(new_server: NewServer) -> No
 async def test_a_stuck_outbox_ends_the_connection(new_server: NewServer) -> None:
     async with open_gateway(new_server, stuck_seconds=0.3) as gateway:
         _peer, link = await gateway.open()
-        with trio.fail_after(8):
-            while not link.overflows:
-                link.transport.send_nowait(Outgoing(b"x" * 60000))
-                await trio.sleep(0)
+        await overflow(link)
         await until(lambda: link.losses == 1 and gateway.server.connections == 0)
 
 
 async def test_a_close_to_a_peer_that_does_not_read_has_a_deadline(new_server: NewServer) -> None:
     async with open_gateway(new_server, close_seconds=0.3) as gateway:
         _peer, link = await gateway.open()
-        with trio.fail_after(8):
-            while not link.overflows:
-                link.transport.send_nowait(Outgoing(b"x" * 60000))
-                await trio.sleep(0)
+        await overflow(link)
         link.transport.close_nowait(CloseCode.SLOW_CONSUMER)
         await until(lambda: link.losses == 1 and gateway.server.connections == 0)
 
@@ -453,7 +449,7 @@ async def test_a_message_must_be_finished_in_time(new_server: NewServer) -> None
         assert await quiet.receive() == (TEXT, b"still open")
 
 
-# --- links that fail, peers that vanish ----------------------------------------------------------------------------------
+# --- links that fail, peers that vanish ------------------------------------------------------------------------------
 
 
 async def test_a_link_that_raises_ends_only_itself(new_server: NewServer) -> None:
@@ -562,7 +558,7 @@ async def test_the_end_of_serving_loses_every_link(new_server: NewServer) -> Non
     assert [link.losses for link in links] == [1, 1, 1]
 
 
-# --- any bytes -----------------------------------------------------------------------------------------------------------
+# --- any bytes -------------------------------------------------------------------------------------------------------
 
 SERVERS = st.sampled_from([EpollServer, TrioWebSocketServer])
 MESSAGES = st.lists(
@@ -598,7 +594,7 @@ async def test_segmentation_does_not_matter(
         for cut in cuts:
             await peer.send(stream[at : at + cut])
             at += cut
-            await trio.sleep(0)
+            await trio.lowlevel.checkpoint()
         await peer.send(stream[at:])
         await until(lambda: len(link.received) == len(messages))
         assert link.received == [payload for payload, _, _ in messages]
@@ -613,7 +609,7 @@ async def test_noise_never_ends_the_server(server: NewServer, noise: list[bytes]
         try:
             for data in noise:
                 await peer.send(data)
-                await trio.sleep(0)
+                await trio.lowlevel.checkpoint()
         except trio.BrokenResourceError:
             pass
         await peer.stream.aclose()
