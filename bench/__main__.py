@@ -16,6 +16,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "replay": ("bench.replay", "replay real chat logs as groups and check every message"),
     "direct": ("bench.load", "load: durable 1:1 messages with delivery receipts"),
     "group": ("bench.group_load", "load: fan-out in full groups"),
+    "persist": ("bench.persist", "documents per second through the ingest worker against bare insert_many"),
     "gateway": (
         "bench.gateway_cost",
         "CPU per message and memory per connection of both transports and three echo servers",

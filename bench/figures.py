@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import time
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -80,12 +81,19 @@ def memory_kib(pid: int) -> dict[str, int]:
     return sizes
 
 
+def machine_cpu_seconds() -> float:
+    """What all processors have worked since boot (proc(5), `stat`: everything but idle, iowait and guests)."""
+    fields = Path("/proc/stat").read_text("ascii").split("\n", 1)[0].split()[1:]
+    user, nice, system, _, _, irq, softirq, steal = map(int, fields[:8])
+    return (user + nice + system + irq + softirq + steal) / _TICKS_PER_SECOND
+
+
 class RoleClock:
-    """CPU seconds each role (gateway, worker, valkey, …) has used since `start`."""
+    """CPU seconds each role (gateway, worker, valkey, …) has used since `start`, and how busy the machine was besides."""
 
     def __init__(self, roles: Mapping[str, Iterable[int]]) -> None:
         self._roles = {role: list(pids) for role, pids in roles.items()}
-        self._started = self._read()
+        self.start()
 
     def _read(self) -> dict[str, float]:
         return {role: sum(map(cpu_seconds, pids)) for role, pids in self._roles.items()}
@@ -93,11 +101,18 @@ class RoleClock:
     def start(self) -> None:
         """The timed window begins now."""
         self._started = self._read()
+        self._machine = machine_cpu_seconds()
+        self._at = time.monotonic()
 
     def used_seconds(self) -> dict[str, float]:
         """CPU seconds per role since `start`. Raises ProcessLookupError when a process died within the window."""
         now = self._read()
         return {role: now[role] - self._started[role] for role in now}
+
+    def elsewhere_cores(self) -> float:
+        """Processors kept busy since `start` by anything but these roles: more than a few tenths spoils latencies."""
+        others = machine_cpu_seconds() - self._machine - sum(self.used_seconds().values())
+        return round(max(0.0, others) / max(time.monotonic() - self._at, 1e-9), 2)
 
 
 SERVER_ROLES = ("gateway", "worker", "valkey", "mongod", "rest")

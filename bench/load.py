@@ -103,7 +103,7 @@ def _direct(args: argparse.Namespace, stack: Stack, driver: DriverProcess) -> di
     warm_up(driver, args.window)
     found, rate = saturate(args, stack, driver)
     if args.latency_run and found["verdict"] == "ok":
-        found |= _latency(args, driver, args.rate or rate / 2)
+        found |= _latency(args, stack, driver, args.rate or rate / 2)
     return found
 
 
@@ -149,7 +149,7 @@ def saturate(args: argparse.Namespace, stack: Stack, driver: DriverProcess) -> t
     command = Closed(messages=args.messages, window=args.window, timeout_seconds=PHASE_SECONDS)
     with cpu_of(stack, driver) as clock:
         answer = driver.command(command, PHASE_SECONDS)
-        used = clock.used_seconds()
+        used, elsewhere = clock.used_seconds(), clock.elsewhere_cores()
     rate = args.messages / answer["seconds"]
     found = {
         "verdict": verdict(driver, answer),
@@ -158,6 +158,7 @@ def saturate(args: argparse.Namespace, stack: Stack, driver: DriverProcess) -> t
         "delivered_per_second": round(args.messages / max(answer["delivered_seconds"], 1e-9), 1),
         "cpu_us_per_message": figures.cpu_us_per_message(used, args.messages),
         "cpu_seconds": {role: round(seconds, 2) for role, seconds in used.items()},
+        "elsewhere_cores": elsewhere,
         "saturated": {name: answer[name] for name in ("ack_ms", "delivered_ms", "receipt_ms")},
     }
     return found, rate
@@ -180,12 +181,20 @@ def verdict(driver: DriverProcess, answer: dict[str, Any]) -> str | list[str]:
     return figures.verdict(violations)
 
 
-def _latency(args: argparse.Namespace, driver: DriverProcess, rate: float) -> dict[str, Any]:
+def _latency(args: argparse.Namespace, stack: Stack, driver: DriverProcess, rate: float) -> dict[str, Any]:
     messages = min(args.messages, int(rate * LATENCY_SECONDS))
-    answer = driver.command(Paced(messages=messages, rate=rate, timeout_seconds=PHASE_SECONDS), PHASE_SECONDS)
+    command = Paced(messages=messages, rate=rate, timeout_seconds=PHASE_SECONDS)
+    with cpu_of(stack, driver) as clock:
+        answer = driver.command(command, PHASE_SECONDS)
+        used, elsewhere = clock.used_seconds(), clock.elsewhere_cores()
     return {
         "verdict": verdict(driver, answer),
-        "paced": {"messages": messages, "messages_per_second": round(rate, 1)},
+        "paced": {
+            "messages": messages,
+            "messages_per_second": round(rate, 1),
+            "cpu_us_per_message": figures.cpu_us_per_message(used, messages),
+            "elsewhere_cores": elsewhere,
+        },
         "ack_ms": answer["ack_ms"],
         "delivered_ms": answer["delivered_ms"],
         "receipt_ms": answer["receipt_ms"],

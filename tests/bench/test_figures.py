@@ -48,6 +48,22 @@ def test_cpu_of_a_busy_child_is_seen_and_of_a_sleeping_one_is_not() -> None:
             child.wait()
 
 
+def test_work_of_processes_outside_the_roles_is_shown() -> None:
+    stranger = subprocess.Popen((sys.executable, "-c", "while True: pass"))
+    idle = subprocess.Popen((sys.executable, "-c", "import time; time.sleep(60)"))
+    try:
+        time.sleep(0.3)
+        without, within = figures.RoleClock({"gateway": [idle.pid]}), figures.RoleClock({"worker": [stranger.pid]})
+        time.sleep(0.5)
+        used = within.used_seconds()["worker"]
+        assert used > 0.1
+        assert without.elsewhere_cores() > used / 0.5 * 0.7
+    finally:
+        for child in (stranger, idle):
+            child.kill()
+            child.wait()
+
+
 def test_a_process_that_died_within_the_window_is_an_error_not_a_zero() -> None:
     child = subprocess.Popen((sys.executable, "-c", "import time; time.sleep(60)"))
     clock = figures.RoleClock({"worker": [child.pid]})
