@@ -65,7 +65,8 @@ class Committer:
             plan = Plan()
             try:
                 plan = await self._plan(batch, look_up, now_ms)
-                await self._open(plan)
+                if plan.created:
+                    await self._store.conversations.create(plan.created)
                 if plan.documents:
                     with metrics.COMMIT_SECONDS.time():
                         await self._store.messages.append(plan.documents)
@@ -106,12 +107,6 @@ class Committer:
             found = await self._store.messages.find_keys(entry.key for entry in doubted)
         replies = await self._find_reply_targets(batch)
         return self._planner.plan(batch, found, replies, now_ms)
-
-    async def _open(self, plan: Plan) -> None:
-        for conversation, members in plan.created:
-            assert isinstance(conversation.conversation_id, str)
-            await self._store.conversations.create(conversation, 0, members)
-            await self._store.marks.open_heads([conversation.conversation_id], conversation.created_at)
 
     def _from_stranger(self, entry: Entry) -> bool:
         """Is the sender no member? Then it may be the retry of a message it sent while it was one, which has its

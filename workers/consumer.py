@@ -223,11 +223,13 @@ class Lane:
                 await self._queued.wait()
             batch = self._next_batch()
             self._room.set()
+            down: Down = defaultdict(list)
             for plan in await self._commit(batch):
-                await self._publish(plan)
+                await self._deliver(plan, down)
             for entry in batch:
                 self._done(entry.shard, entry.entry_id)
-            await self._publish_and_settle({})
+            await self._publish_and_settle(down)
+            self._to_tell.set()
 
     def _next_batch(self) -> list[Entry]:
         """Up to a batch, in order; no conversation takes more than half of it while others wait."""
@@ -267,10 +269,9 @@ class Lane:
             except StoreUnavailable:
                 await anyio.sleep(LONGEST_BACKOFF_SECONDS)
 
-    async def _publish(self, plan: Plan) -> None:
+    async def _deliver(self, plan: Plan, down: Down) -> None:
         self._note_heads(plan)
         while True:
-            down: Down = defaultdict(list)
             try:
                 offline = await self._courier.deliver([*plan.again, *plan.committed], down)
                 break
@@ -287,8 +288,6 @@ class Lane:
         for instance, item in plan.outcomes:
             if instance:
                 down[instance].append(item)
-        await self._publish_and_settle(down)
-        self._to_tell.set()
 
     def _note_heads(self, plan: Plan) -> None:
         for document in plan.documents:

@@ -108,20 +108,34 @@ class ConversationStore:
                 )
         return {name: [tail[sequence] for sequence in sorted(tail)] for name, tail in tails.items()}
 
-    async def create(self, conversation: Conversation, membership_seq: int, members: Iterable[Membership]) -> None:
-        """Write a conversation and its memberships where they are missing; repeating it changes nothing."""
-        document = to_document(conversation)
-        document["membership_seq"] = membership_seq
-        stays = [
-            UpdateOne({"_id": m.membership_id}, {"$setOnInsert": _without_id(to_document(m))}, upsert=True)
-            for m in members
-        ]
+    async def create(self, created: Sequence[tuple[Conversation, Iterable[Membership]]]) -> None:
+        """Write conversations and the memberships they begin with, where they are missing; repeating it changes nothing.
+
+        Memberships come first: a conversation that exists has them. Its `sequence_numbers` document starts at 0.
+        """
+        stays = [_insert_once(to_document(m)) for _, members in created for m in members]
+        conversations = []
+        sequences = []
+        for conversation, _ in created:
+            document = to_document(conversation)
+            document["membership_seq"] = 0
+            conversations.append(_insert_once(document))
+            sequences.append(
+                _insert_once(
+                    {
+                        "_id": document["_id"],
+                        "last_sequence_number": 0,
+                        "countable": 0,
+                        "digest": NO_DIGEST,
+                        "updated_at": conversation.created_at,
+                    }
+                )
+            )
         with store_errors():
             if stays:
                 await self._memberships.bulk_write(stays, ordered=False)
-            await self._conversations.update_one(
-                {"_id": document["_id"]}, {"$setOnInsert": _without_id(document)}, upsert=True
-            )
+            await self._sequences.bulk_write(sequences, ordered=False)
+            await self._conversations.bulk_write(conversations, ordered=False)
 
     async def apply(
         self,
@@ -243,8 +257,9 @@ def new_membership(
     )
 
 
-def _without_id(document: Document) -> Document:
-    return {name: value for name, value in document.items() if name != "_id"}
+def _insert_once(document: Document) -> UpdateOne:
+    values = {name: value for name, value in document.items() if name != "_id"}
+    return UpdateOne({"_id": document["_id"]}, {"$setOnInsert": values}, upsert=True)
 
 
 def _loaded(

@@ -98,12 +98,3 @@ class MarkStore:
         with store_errors():
             await self._sequences.bulk_write(sequences, ordered=False)
             await self._conversations.bulk_write(conversations, ordered=False)
-
-    async def open_heads(self, conversation_ids: Sequence[str], created_at: datetime) -> None:
-        """Make the `sequence_numbers` documents of new conversations, at 0."""
-        start = {"last_sequence_number": 0, "countable": 0, "digest": bytes(16), "updated_at": created_at}
-        with store_errors():
-            await self._sequences.bulk_write(
-                [UpdateOne({"_id": name}, {"$setOnInsert": start}, upsert=True) for name in conversation_ids],
-                ordered=False,
-            )
