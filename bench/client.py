@@ -86,6 +86,7 @@ class Client:
         self._sent_count = 0
         self._period = 0.0
         self._next_send_at = 0.0
+        self._sync_again_at: float | None = None
         self._unconfirmed: set[str] = set()
         self._holes: set[str] = set()
         self._resumed: dict[str, int] = {}
@@ -116,6 +117,7 @@ class Client:
             return
         self.state = State.OFFLINE
         self.synced = False
+        self._sync_again_at = None
         for log in self.logs.values():
             log.asked_at = log.confirm_at = None
         self._record(journal.Closed(code=code, **self._stamp(now)))
@@ -207,11 +209,15 @@ class Client:
         self._record(journal.Read(conversation_id=conversation_id, sequence_number=log.cursor, **self._stamp(now)))
         return [frames.ReadReceipt(message_ids=[log.last_id], timestamp=wall_ms)]
 
-    def sync(self) -> list[frames.ClientFrame]:
-        """Ask for whatever is missing and for the heads with their digests; `synced` turns true when they came."""
-        if self.state is not State.LIVE:
+    def sync(self, now: float) -> list[frames.ClientFrame]:
+        """Ask for whatever is missing and for the heads with their digests; `synced` turns true when they came.
+
+        Nothing where that is under way already.
+        """
+        if self.state is not State.LIVE or not self.synced:
             return []
         self.synced = False
+        self._record(journal.Rewound(**self._stamp(now)))
         cursors = {name: log.cursor for name, log in self.logs.items() if log.cursor is not None}
         return [frames.Sync(payload=frames.SyncPayload(cursors=cursors))]
 
@@ -304,6 +310,8 @@ class Client:
                     # One token's time, so that the bucket is met once and not once for each message behind it.
                     self._period = max(self._period, min(1.0, wait * 1.1))
                     self._next_send_at = max(self._next_send_at, now + wait)
+        elif payload.in_reply_to == "sync":
+            self._sync_again_at = now + wait
         elif conversation_id is not None and conversation_id in self.logs:
             self.logs[conversation_id].asked_at = now + wait - self._habits.ask_seconds
         return self._flush(now)
@@ -318,6 +326,7 @@ class Client:
         if bounds is None:
             return []
         first, last = bounds
+        joined_later = log.cursor is None and first > 1 and self.synced
         if log.cursor is None:
             log.begin(first)
         assert log.cursor is not None
@@ -331,7 +340,8 @@ class Client:
         if moved:
             log.asked_at = None  # an answer may be a part: ask for the rest at once
             self._note_news(conversation_id, log, moved, now)
-        return [*self._confirm(now, wall_ms), *self._ask(now)]
+        anchor = self.sync(now) if joined_later else []
+        return [*self._confirm(now, wall_ms), *self._ask(now), *anchor]
 
     def _note_news(self, conversation_id: str, log: ConversationLog, count: int, now: float) -> None:
         log.unconfirmed += count
@@ -351,14 +361,15 @@ class Client:
 
     def _on_sync_complete(self, payload: frames.SyncCompletePayload, now: float) -> None:
         self.synced = True
+        self._record(journal.Synced(**self._stamp(now)))
         for conversation_id, head in payload.heads.items():
             log = self.logs.get(conversation_id)
             if log is None or log.cursor is None:
                 continue
             folded = log.digests.get(head.sequence_number)
             if folded is None:
-                if log.digest is None and log.cursor == head.sequence_number:  # a later joiner folds from here on
-                    log.digest = bytes.fromhex(head.digest)
+                # Who joined later cannot fold from the start, but from a head on.
+                log.anchor(head.sequence_number, bytes.fromhex(head.digest), self._habits.digests_kept)
                 continue
             if folded.hex() == head.digest:
                 self.proven.add(conversation_id)
@@ -382,7 +393,12 @@ class Client:
         for pending in list(self.pending.values()):
             if pending.on_the_way and now >= pending.due_at:
                 self._requeue(pending)
-        return [*self._confirm(now, wall_ms), *self._ask(now), *self._flush(now)]
+        again: list[frames.ClientFrame] = []
+        if self._sync_again_at is not None and now >= self._sync_again_at:
+            self._sync_again_at = None
+            self.synced = True  # the refused one is over
+            again = self.sync(now)
+        return [*self._confirm(now, wall_ms), *self._ask(now), *self._flush(now), *again]
 
     def deadline(self) -> float:
         """When `tick` is needed next; infinity while nothing is open."""
@@ -395,6 +411,8 @@ class Client:
             confirm_at = self.logs[conversation_id].confirm_at
             if confirm_at is not None:
                 times.append(confirm_at)
+        if self._sync_again_at is not None:
+            times.append(self._sync_again_at)
         times.extend(self._ask_at(conversation_id) for conversation_id in self._holes)
         return min(times, default=float("inf"))
 

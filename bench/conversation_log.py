@@ -30,6 +30,7 @@ class ConversationLog:
     """One conversation as this device holds it: complete through `cursor`, and `ahead` of a hole."""
 
     __slots__ = (
+        "_unfolded",
         "ahead",
         "asked_at",
         "confirm_at",
@@ -52,6 +53,8 @@ class ConversationLog:
         self.asked_at: float | None = None
         self.digest: bytes | None = None
         self.digests: dict[int, bytes] = {}
+        self._unfolded: dict[int, Held] = {}
+        """The newest messages while the digest is unknown: a head may be stated for a sequence already passed."""
 
     def begin(self, first: int) -> None:
         """The view begins at `first`; only from 1 on is the digest before it known."""
@@ -85,11 +88,25 @@ class ConversationLog:
 
     def _fold(self, held: Held, sequence: int, digests_kept: int) -> None:
         if self.digest is None:
+            self._unfolded[sequence] = held
+            if len(self._unfolded) > digests_kept:
+                del self._unfolded[next(iter(self._unfolded))]
             return
         self.digest = chain_digest(self.digest, held.message_id, held.sender_id, sequence, held.content)
         self.digests[sequence] = self.digest
         if len(self.digests) > digests_kept:
             del self.digests[next(iter(self.digests))]
+
+    def anchor(self, sequence: int, digest: bytes, digests_kept: int) -> None:
+        """Fold from here on, where the digest was unknown and everything since `sequence` is held."""
+        if self.digest is not None or self.cursor is None or sequence > self.cursor:
+            return
+        since = range(sequence + 1, self.cursor + 1)
+        if all(number in self._unfolded for number in since):
+            unfolded, self._unfolded = self._unfolded, {}
+            self.digest = digest
+            for number in since:
+                self._fold(unfolded[number], number, digests_kept)
 
     def hole(self) -> tuple[int, int] | None:
         """First and last missing sequence in front of what is held ahead; at most what one `retransmit` may ask."""

@@ -91,6 +91,14 @@ class Asked(Event, frozen=True, gc=False, kw_only=True):
     to_sequence: int
 
 
+class Rewound(Event, frozen=True, gc=False, kw_only=True):
+    """The client sent `sync`: until `Synced`, a backlog may bring again what this connection had already."""
+
+
+class Synced(Event, frozen=True, gc=False, kw_only=True):
+    """`sync_complete` came."""
+
+
 class Contradicted(Event, frozen=True, gc=False, kw_only=True):
     """The digest this device folded is not the one the server states for the same sequence."""
 

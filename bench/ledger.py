@@ -37,13 +37,17 @@ class Violation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Seen:
-    """What one device saw of one conversation. `high`: greatest pushed sequence on this connection."""
+    """What one device saw of one conversation. `high`: greatest pushed sequence on this connection; `replay_high`:
+    the same within the backlog that the device asked for by a `sync` on it.
+    """
 
-    __slots__ = ("connection", "high", "runs")
+    __slots__ = ("connection", "high", "replay_high", "rewind", "runs")
 
     def __init__(self) -> None:
         self.connection = 0
         self.high = 0
+        self.replay_high = 0
+        self.rewind = 0
         self.runs = Runs()
 
 
@@ -90,6 +94,8 @@ class Ledger:
         self._conversations: dict[str, _Conversation] = {}
         self._sends: dict[tuple[str, str, str], _Send] = {}
         self._connected: dict[str, set[str]] = {}
+        self._rewinds: dict[tuple[str, str], int] = {}
+        """Devices with a `sync` under way, and which one of the run it is."""
         self._marks: dict[tuple[str, str], int] = {}
         """(conversation, user) → greatest sequence the user confirmed, read or sent."""
         self._receipts: dict[tuple[str, str, str, str], tuple[int, int]] = {}
@@ -105,6 +111,8 @@ class Ledger:
             journal.Connected: self._on_connected,
             journal.Closed: self._on_closed,
             journal.Asked: self._on_asked,
+            journal.Rewound: self._on_rewound,
+            journal.Synced: self._on_synced,
             journal.Contradicted: self._on_contradicted,
         }
 
@@ -181,18 +189,10 @@ class Ledger:
         seen = conversation.seen.get(device)
         if seen is None:
             seen = conversation.seen[device] = _Seen()
-        if seen.connection != event.connection:
-            seen.connection = event.connection
-            seen.high = 0
-        ordered = payload.origin in ("live", "backlog", UNSET)
+        self._check_order(event, device, seen)
         self.counts["pushed"] += len(payload.messages)
         for message in payload.messages:
             sequence = message.sequence_number
-            if ordered and sequence <= seen.high:
-                detail = f"sequence {sequence} came after {seen.high} on connection {event.connection} (C4)"
-                self._violation("order", payload.conversation_id, event.user_id, detail)
-            elif ordered:
-                seen.high = sequence
             known = conversation.entries.get(sequence)
             if known is None:
                 self._on_new_entry(payload.conversation_id, conversation, message, event.at)
@@ -202,6 +202,36 @@ class Ledger:
                 detail = f"sequence {sequence} shows the sender's idempotency key"
                 self._violation("leak", payload.conversation_id, event.user_id, detail)
             seen.runs.add(sequence)
+
+    def _check_order(self, event: journal.Pushed, device: tuple[str, str], seen: _Seen) -> None:
+        """C4: on one connection the messages of one conversation come in sequence order, whatever was asked again."""
+        payload = event.payload
+        if payload.origin not in ("live", "backlog", UNSET):
+            return
+        if seen.connection != event.connection:
+            seen.connection = event.connection
+            seen.high = 0
+        rewind = self._rewinds.get(device, 0)
+        replayed = rewind > 0 and payload.origin == "backlog"
+        if replayed and seen.rewind != rewind:
+            seen.rewind = rewind
+            seen.replay_high = 0
+        for message in payload.messages:
+            sequence = message.sequence_number
+            high = seen.replay_high if replayed else seen.high
+            if sequence <= high:
+                detail = f"sequence {sequence} came after {high} on connection {event.connection} (C4)"
+                self._violation("order", payload.conversation_id, event.user_id, detail)
+            seen.high = max(seen.high, sequence)
+            if replayed:
+                seen.replay_high = max(high, sequence)
+
+    def _on_rewound(self, event: journal.Rewound) -> None:
+        self.counts["rewound"] += 1
+        self._rewinds[(event.user_id, event.device_id)] = self.counts["rewound"]
+
+    def _on_synced(self, event: journal.Synced) -> None:
+        self._rewinds.pop((event.user_id, event.device_id), None)
 
     def _on_new_entry(
         self, conversation_id: str, conversation: _Conversation, message: StoredMessage, at: float
@@ -272,6 +302,7 @@ class Ledger:
 
     def _on_closed(self, event: journal.Closed) -> None:
         self.counts["closed"] += 1
+        self._rewinds.pop((event.user_id, event.device_id), None)
         self._connected.get(event.user_id, set()).discard(event.device_id)
         for conversation in self._conversations.values():
             for stay in conversation.stays.get(event.user_id, ()):

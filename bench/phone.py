@@ -167,7 +167,7 @@ class Phone:
 
     async def sync(self) -> None:
         """Ask for whatever is missing; wait for `sync_complete` with `wait_until(lambda: phone.client.synced)`."""
-        await self._write(self.client.sync())
+        await self._write(self.client.sync(trio.current_time()))
 
     async def write(self, frames: Sequence[ClientFrame]) -> None:
         """Any other frames, as they are."""

@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--transport", choices=("epoll", "trio-websocket"), default="epoll")
     parser.add_argument("--logs", type=int, default=None, help="only the first so many logs")
     parser.add_argument("--seed", type=int, default=1, help="of who goes offline when")
+    parser.add_argument("--data-dir", type=Path, help="keep data and logs of the own system there")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
 
 
@@ -63,7 +64,7 @@ def main(args: argparse.Namespace) -> int:
         transcripts = read_directory(args.directory)[: args.logs]
         if args.attach:
             return _run(attach(), transcripts, args)
-        with run_stack(gateways=args.gateways, transport=args.transport) as stack:
+        with run_stack(gateways=args.gateways, transport=args.transport, data_dir=args.data_dir) as stack:
             return _run(stack, transcripts, args)
     except (TranscriptError, StackError, ServicesError) as error:
         sys.stderr.write(f"{error}\n")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 import trio
@@ -21,6 +21,9 @@ from bench.transcript import Kind, Line, Transcript
 from protocol.errors import ErrorCode
 from protocol.models import GROUP_LIMIT
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 DEVICE: Final = "phone-1"
 AT_ONCE: Final = 16
 """Accounts made at a time."""
@@ -28,6 +31,7 @@ OUTSTANDING: Final = 64
 """Sends of one room without an ack, at most; they only pile up where the log runs faster than the server."""
 PARENT_SECONDS: Final = 20.0
 """An answer waits for the id of what it answers for so long."""
+LAST_WORDS_SECONDS: Final = 20.0
 CATCH_UP_SECONDS: Final = 60.0
 AWAY_SHARE: Final = 0.25
 """A quarter of the users go offline and come back."""
@@ -83,6 +87,8 @@ class Room:
         self._users: dict[int, str] = {}
         self._members: dict[int, int] = {}
         """Person → line of the last word, in the order in which they joined; the first one owns the group."""
+        self._joined_at: dict[int, int] = {}
+        """Person → number of the line at which the present stay began."""
         self._waiting: deque[int] = deque()
         self._message_ids: dict[int, str] = {}
         self._unsettled: dict[int, trio.Event] = {}
@@ -171,7 +177,11 @@ class Room:
         self._start_phone(nursery, person)
         token = self._tokens[person]
         self.conversation_id = await self._shared.api.create_conversation("group", [self._users[person]], token)
+        self._note_joined(person, index)
+
+    def _note_joined(self, person: int, index: int) -> None:
         self._members[person] = index
+        self._joined_at[person] = self.transcript.lines[index].number
         self.counts.joined += 1
 
     def _start_phone(self, nursery: trio.Nursery, person: int) -> None:
@@ -213,8 +223,7 @@ class Room:
             self.conversation_id, [self._users[person]], self._tokens[owner]
         )
         if refusal is None:
-            self._members[person] = index
-            self.counts.joined += 1
+            self._note_joined(person, index)
             if len(self._members) > GROUP_LIMIT:
                 self.violations.append(f"cap: {self.transcript.name} took participant {len(self._members)}")
             return True
@@ -237,6 +246,11 @@ class Room:
             self.counts.rotated_in += 1
 
     async def _remove(self, person: int) -> None:
+        phone = self._phones[person]
+        if phone.client.pending:  # what was said before leaving must not arrive after it
+            phone.go_online()
+            with trio.move_on_after(LAST_WORDS_SECONDS):
+                await phone.wait_until(lambda: not phone.client.pending)
         refusal = await self._shared.api.remove_participant(
             self.conversation_id, self._users[person], self._tokens[person]
         )
@@ -250,7 +264,7 @@ class Room:
         phone = self._phones[line.person]
         phone.go_online()  # who types has the app open
         parent = await self._parent(line)
-        await self._window.acquire()
+        await self._take_place()
         self._unsettled[line.number] = trio.Event()
         was_online = phone.online
         started_at = trio.current_time()
@@ -269,19 +283,35 @@ class Room:
                 self._shared.ack_latency.add(trio.current_time() - started_at)
         self._unsettled.pop(line.number).set()
 
+    async def _take_place(self) -> None:
+        """A place in the window; where it is full, those who hold it from offline come online."""
+        if self._window.value == 0:
+            self._wake(lambda phone: bool(phone.client.pending))
+        await self._window.acquire()
+
+    def _wake(self, holds_up: Callable[[Phone], bool]) -> None:
+        for person in self._running:
+            if holds_up(self._phones[person]):
+                self._phones[person].go_online()
+
     async def _parent(self, line: Line) -> str | None:
-        """The message id of what this line answers, waiting for its ack if need be."""
+        """The message id of what this line answers, waiting for its ack if need be; None where it cannot be linked.
+
+        It may answer somebody's coming or going, which is no message here, or what was said before the one who answers
+        was in the group, which the server rightly refuses to link.
+        """
         if line.answers is None:
             return None
         waiting = self._unsettled.get(line.answers)
         if waiting is not None:
+            self._wake(lambda phone: bool(phone.client.pending))
             with trio.move_on_after(PARENT_SECONDS):
                 await waiting.wait()
         message_id = self._message_ids.get(line.answers)
-        if message_id is None:
-            self.counts.answers_unlinked += 1  # it answers somebody's coming or going, which is no message here
-        else:
-            self.counts.answers += 1
+        if message_id is None or line.answers < self._joined_at[line.person]:
+            self.counts.answers_unlinked += 1
+            return None
+        self.counts.answers += 1
         return message_id
 
     # --- after -------------------------------------------------------------------------------------------------------

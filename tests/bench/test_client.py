@@ -218,6 +218,16 @@ def test_a_later_joiner_folds_from_a_head(play: Play) -> None:
     assert play.client.proven == {CONVERSATION}
 
 
+def test_a_head_stated_for_a_sequence_already_passed_still_anchors(play: Play) -> None:
+    log = [stored(sequence, OTHER, str(sequence)) for sequence in range(1, 8)]
+    play.give(sync_complete(0, digest_of()))
+    written = play.give(pushed(log[3]))
+    assert [type(frame) for frame in written] == [frames.Sync]
+    play.give(pushed(log[4]), pushed(log[5]), sync_complete(4, digest_of(*log[:4])))
+    play.give(pushed(log[6]), sync_complete(7, digest_of(*log)))
+    assert play.client.proven == {CONVERSATION}
+
+
 def test_reading_names_the_last_message_held(play: Play) -> None:
     assert play.client.read(CONVERSATION, play.now, 5) == []
     play.give(*others(1, 4))

@@ -151,6 +151,19 @@ def test_a_retransmit_may_come_out_of_order() -> None:
     assert judge([*true_run(), pushed(OWNER, LOG[2], origin="retransmit")]) == []
 
 
+def rewound(user_id: str) -> journal.Event:
+    return journal.Rewound(at=10.0, user_id=user_id, device_id="phone-1", connection=1)
+
+
+def synced(user_id: str) -> journal.Event:
+    return journal.Synced(at=10.0, user_id=user_id, device_id="phone-1", connection=1)
+
+
+def test_a_sync_may_bring_again_what_was_live_meanwhile() -> None:
+    again = [rewound(OWNER), pushed(OWNER, LOG[2], LOG[3], origin="backlog"), synced(OWNER)]
+    assert judge([*true_run(), *again]) == []
+
+
 def swap_pushes(events: Events) -> Events:
     first = next(index for index, event in enumerate(events) if is_push(event, OWNER, 3))
     second = next(index for index, event in enumerate(events) if is_push(event, OWNER, 5))
@@ -164,6 +177,19 @@ MUTATIONS: dict[str, tuple[Callable[[Events], Events], set[str]]] = {
     "a leaver did not see the end": (lambda e: without(e, lambda x: is_push(x, GUEST, 7)), {"lost"}),
     "a joiner did not see the join": (lambda e: without(e, lambda x: is_push(x, GUEST, 4)), {"lost"}),
     "two pushes swapped": (swap_pushes, {"order"}),
+    "a sync came out of order": (
+        lambda e: [
+            *e,
+            rewound(OWNER),
+            pushed(OWNER, LOG[3], origin="backlog"),
+            pushed(OWNER, LOG[2], origin="backlog"),
+        ],
+        {"order"},
+    ),
+    "a backlog repeats after the sync is over": (
+        lambda e: [*e, rewound(OWNER), synced(OWNER), pushed(OWNER, LOG[2], origin="backlog")],
+        {"order"},
+    ),
     "a push came twice on one connection": (lambda e: [*e, pushed(OWNER, LOG[2])], {"order"}),
     "one message has two sequences": (
         lambda e: [*e, pushed(OWNER, stored(9, FRIEND, "hi", message_id="msg_3"))],
