@@ -67,17 +67,14 @@ class Entry:
         return record.conversation_id, SYSTEM_SENDER, record.command_id
 
 
-class Known:
-    """A message that has a place: committed, or planned in this batch."""
+class Known(msgspec.Struct, frozen=True, gc=False):
+    """A message that has a place: committed, or planned in this batch. Unseen by the collector: there are 100,000."""
 
-    __slots__ = ("countable", "created_ms", "fingerprint", "message_id", "sequence_number")
-
-    def __init__(self, message_id: str, sequence: int, countable: int, created_ms: int, fingerprint: int) -> None:
-        self.message_id = message_id
-        self.sequence_number = sequence
-        self.countable = countable
-        self.created_ms = created_ms
-        self.fingerprint = fingerprint
+    message_id: str
+    sequence_number: int
+    countable: int
+    created_ms: int
+    fingerprint: int
 
 
 class Plan:
