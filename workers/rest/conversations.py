@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final, Generic, TypeVar
 import msgspec
 from litestar import Request, Response, delete, get, post
 from litestar.datastructures import State
-from litestar.params import HeaderParameter, PathParameter, QueryParameter
+from litestar.params import HeaderParameter, JSONBody, PathParameter, QueryParameter
 from msgspec import Meta
 
 from protocol import keys
@@ -16,7 +16,7 @@ from protocol.errors import ErrorCode
 from protocol.models import GROUP_LIMIT, Conversation, ConversationType, Id, StoredMessage
 from workers.rest import commands
 from workers.rest.access import Caller, actor_guard, shape_guard, user_guard
-from workers.rest.desk import Desk
+from workers.rest.desk import Desk, DeskDependency
 from workers.rest.errors import FAILURES, RestError
 from workers.store.logs import NotVisible
 from workers.store.overviews import Overview, Place
@@ -48,7 +48,7 @@ class NewConversation(msgspec.Struct, frozen=True):
     """`participants` need not name the caller; an administrator's first one is the creator."""
 
     conversation_type: ConversationType = msgspec.field(name="type")
-    participants: Annotated[list[Id], Meta(min_length=1, max_length=_NAMED_LIMIT)]
+    participants: Annotated[list[Id], Meta(max_length=_NAMED_LIMIT)]
     agent_id: Annotated[str, Meta(max_length=64)] = ""
 
 
@@ -58,13 +58,20 @@ class NewParticipants(msgspec.Struct, frozen=True):
 
 @post("/v1/conversations", guards=[actor_guard, shape_guard], responses=FAILURES, summary="Create a conversation")
 async def create_conversation(
-    request: CallerRequest, data: NewConversation, desk: Desk, idempotency_key: IdempotencyHeader = None
+    request: CallerRequest,
+    data: JSONBody[NewConversation],
+    desk: DeskDependency,
+    idempotency_key: IdempotencyHeader = None,
 ) -> Response[Conversation]:
     """201 with the conversation; 200 when the 1:1 conversation of these two was there already.
 
     400 for unknown users, 409 `group_full` for more than 100 participants.
     """
-    actor = request.user.user_id or data.participants[0]
+    actor = request.user.user_id
+    if actor is None:
+        if not data.participants:
+            raise RestError(ErrorCode.VALIDATION_FAILED, "participants: the first one is the creator")
+        actor = data.participants[0]
     participants = list(dict.fromkeys([actor, *data.participants]))
     if data.conversation_type is ConversationType.ONE_TO_ONE:
         if len(participants) != 2:
@@ -94,7 +101,7 @@ async def _check_known(desk: Desk, user_ids: list[str]) -> None:
 )
 async def list_conversations(
     request: CallerRequest,
-    desk: Desk,
+    desk: DeskDependency,
     cursor: Annotated[str | None, QueryParameter(max_length=96, required=False)] = None,
     limit: Limit = 50,
 ) -> Listing[Overview]:
@@ -110,7 +117,7 @@ async def list_conversations(
     responses=FAILURES,
     summary="Read a conversation",
 )
-async def read_conversation(request: CallerRequest, conversation_id: PathId, desk: Desk) -> Overview:
+async def read_conversation(request: CallerRequest, conversation_id: PathId, desk: DeskDependency) -> Overview:
     """404 `conversation_not_found` for one that is unknown, or that the caller is not in."""
     overview = await desk.store.overviews.overview(request.user.user, conversation_id)
     if overview is None:
@@ -128,7 +135,7 @@ async def read_conversation(request: CallerRequest, conversation_id: PathId, des
 async def list_messages(
     request: CallerRequest,
     conversation_id: PathId,
-    desk: Desk,
+    desk: DeskDependency,
     before_sequence: Annotated[int | None, QueryParameter(ge=1, le=2**53, required=False)] = None,
     cursor: Annotated[int | None, QueryParameter(ge=1, le=2**53, required=False)] = None,
     limit: Limit = 50,
@@ -151,8 +158,8 @@ async def list_messages(
 async def add_participants(
     request: CallerRequest,
     conversation_id: PathId,
-    data: NewParticipants,
-    desk: Desk,
+    data: JSONBody[NewParticipants],
+    desk: DeskDependency,
     idempotency_key: IdempotencyHeader = None,
 ) -> Conversation:
     """200 with the conversation; 403 `forbidden` for who may not add, 409 `group_full` over 100."""
@@ -172,7 +179,7 @@ async def remove_participant(
     request: CallerRequest,
     conversation_id: PathId,
     user_id: PathId,
-    desk: Desk,
+    desk: DeskDependency,
     idempotency_key: IdempotencyHeader = None,
 ) -> Conversation:
     """200 with the conversation as it is then; 403 `forbidden` for who may not remove that one."""

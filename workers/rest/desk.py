@@ -6,6 +6,7 @@ import secrets
 import time
 
 import msgspec
+from litestar.di import NamedDependency
 
 from protocol import keys
 from workers.broker import Broker
@@ -32,3 +33,7 @@ class Desk(msgspec.Struct, frozen=True):
     def new_id(self, prefix: str) -> str:
         """A fresh time-ordered id."""
         return keys.new_id(prefix, now_ms(), secrets.randbits(64))
+
+
+DeskDependency = NamedDependency[Desk]
+"""The desk as a handler asks for it."""

@@ -114,6 +114,11 @@ def on_overload(_: Request[Any, Any, Any], __: TooManyWaiting) -> Response[Any]:
     return error_response(ErrorCode.OVERLOADED, "too many requests are waiting", 503)
 
 
+def on_deep_nesting(_: Request[Any, Any, Any], __: RecursionError) -> Response[Any]:
+    """Nothing here recurses but the decoder, over a body that nests as deep as its sender likes."""
+    return error_response(ErrorCode.VALIDATION_FAILED, "the body nests too deep", 400)
+
+
 def on_bug(_: Request[Any, Any, Any], error: Exception) -> Response[Any]:
     """The request boundary: one request fails, the process goes on."""
     log.error("request_failed", exc_info=error)
@@ -126,5 +131,6 @@ EXCEPTION_HANDLERS: Final[dict[Any, Any]] = {
     StoreUnavailable: on_store_away,
     BrokerUnavailable: on_store_away,
     TooManyWaiting: on_overload,
+    RecursionError: on_deep_nesting,
     Exception: on_bug,
 }

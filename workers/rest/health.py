@@ -8,7 +8,7 @@ from litestar import Response, get
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from workers.broker import BrokerUnavailable
-from workers.rest.desk import Desk
+from workers.rest.desk import DeskDependency
 from workers.store.errors import StoreUnavailable
 
 _READY_SECONDS = 2.0
@@ -24,7 +24,7 @@ async def live() -> Health:
 
 
 @get("/health/ready", summary="Can requests be served")
-async def ready(desk: Desk) -> Response[Health]:
+async def ready(desk: DeskDependency) -> Response[Health]:
     """503 while MongoDB, Redis or this instance's lease is away."""
     try:
         with anyio.fail_after(_READY_SECONDS):

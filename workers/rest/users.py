@@ -7,13 +7,14 @@ from typing import Annotated
 
 import msgspec
 from litestar import post
+from litestar.params import JSONBody
 from msgspec import UNSET, Meta, UnsetType
 
 from protocol.errors import ErrorCode
 from protocol.frames import DeviceId
 from protocol.models import Id, User, UserStatus
 from workers.rest.access import admin_guard, shape_guard
-from workers.rest.desk import Desk, now_ms
+from workers.rest.desk import DeskDependency, now_ms
 from workers.rest.errors import FAILURES, RestError
 from workers.store.users import Taken
 
@@ -41,7 +42,7 @@ class AccessToken(msgspec.Struct, frozen=True):
 
 
 @post("/v1/users", guards=[admin_guard, shape_guard], responses=FAILURES, summary="Create an account")
-async def create_user(data: NewUser, desk: Desk) -> User:
+async def create_user(data: JSONBody[NewUser], desk: DeskDependency) -> User:
     """201 with the account; 409 `conflict` when another account has this phone or email."""
     now = now_ms()
     user = User(
@@ -61,7 +62,7 @@ async def create_user(data: NewUser, desk: Desk) -> User:
 
 
 @post("/v1/tokens", guards=[admin_guard, shape_guard], responses=FAILURES, summary="Issue an access token")
-async def create_token(data: TokenRequest, desk: Desk) -> AccessToken:
+async def create_token(data: JSONBody[TokenRequest], desk: DeskDependency) -> AccessToken:
     """201 with a token for WebSocket and REST; 404 `not_found` for an unknown user."""
     if await desk.store.users.get(data.user_id) is None:
         raise RestError(ErrorCode.NOT_FOUND, "no such user")
