@@ -14,7 +14,7 @@ from protocol import records
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from gateway.hub import Connection
+    from gateway.connection import Connection
     from gateway.registry import Attachment
 
 HEADS_PERIOD_SECONDS: Final = 10

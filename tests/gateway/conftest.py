@@ -1,4 +1,4 @@
-"""What the gateway's tests share: both transports for the tests that must hold for either, and a Redis behind a proxy."""
+"""What the gateway's tests share: both transports where a test must hold for either, and a Redis behind a proxy."""
 
 from __future__ import annotations
 

@@ -1,11 +1,14 @@
-"""The hub's two neighbours as fakes that record: a transport below it, a broker behind it. And a clock that a test turns."""
+"""The hub's two neighbours as fakes that record: a transport below it, a broker behind it. And what tests wait with."""
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import trio
 from joserfc import jwt
+from joserfc.errors import SecurityWarning
 from joserfc.jwk import OKPKey
 
 from gateway.admission import Admission, PublicKeys
@@ -14,7 +17,7 @@ from protocol import codec, dev_keys, records
 from protocol.limits import Limits
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from gateway.connection import Connection
     from gateway.receipts import Mark
@@ -25,11 +28,24 @@ if TYPE_CHECKING:
 WALL_SECONDS = 1_800_000_000
 
 
+async def eventually(condition: Callable[[], bool | Awaitable[bool]], seconds: float = 3.0) -> None:
+    """Return once the condition, plain or to be awaited, holds. Raises trio.TooSlowError after `seconds`."""
+    with trio.fail_after(seconds):
+        while True:
+            met = condition()
+            if met if isinstance(met, bool) else await met:
+                return
+            await trio.sleep(0.01)
+
+
 def token(user_id: str = "usr_a", key: str = dev_keys.PRIVATE_JWK, algorithm: str = "Ed25519", **claims: Any) -> str:
     """A token of the dev key, good for an hour after `WALL_SECONDS`; claims that are None are left out."""
     merged = {"sub": user_id, "exp": WALL_SECONDS + 3600, "iat": WALL_SECONDS, "jti": "j", **claims}
     present = {name: value for name, value in merged.items() if value is not None}
-    return jwt.encode({"alg": algorithm}, present, OKPKey.import_key(msgspec.json.decode(key)), algorithms=[algorithm])
+    signing = OKPKey.import_key(msgspec.json.decode(key))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SecurityWarning)  # "EdDSA" is the deprecated name of the same signature
+        return jwt.encode({"alg": algorithm}, present, signing, algorithms=[algorithm])
 
 
 class FakeTransport:

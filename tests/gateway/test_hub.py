@@ -142,7 +142,7 @@ def test_a_full_window_blocks_until_an_outcome(house: House) -> None:
         assert not connection.blocked
         house.send(connection, message(f"k{number}"))
         house.now += 0.001
-    assert connection.blocked
+    assert connection.session.blocked
     house.hub.route([outcome(connection, "k0")])
     assert not connection.blocked
     assert transport.resumed == 1

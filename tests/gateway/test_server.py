@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import httpx2
@@ -22,10 +22,10 @@ from gateway.server import Gateway, open_listener
 from gateway.settings import load_settings
 from gateway.wire import Address, Wire
 from protocol import codec, keys, records
-from tests.gateway.fakes import message, token
+from tests.gateway.fakes import eventually, message, token
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
 
     from tests.gateway.proxy import Proxy
 
@@ -93,6 +93,10 @@ class Running:
         number: int = query.connection
         return number
 
+    async def exists(self, count: int, *names: str) -> bool:
+        """Do exactly so many of these keys exist?"""
+        return bool(await self.redis.call("EXISTS", *names) == count)
+
     async def http(self, path: str) -> httpx2.Response:
         async with httpx2.AsyncClient() as client:
             return await client.get(f"http://127.0.0.1:{self.port}{path}")
@@ -120,13 +124,11 @@ async def receive_types(websocket: trio_websocket.WebSocketConnection, count: in
 
 async def close_code(websocket: trio_websocket.WebSocketConnection, seconds: float = 5) -> int:
     with trio.fail_after(seconds):
-        try:
-            while True:
+        while True:
+            try:
                 await websocket.get_message()
-        except trio_websocket.ConnectionClosed as closed:
-            assert closed.reason is not None
-            code: int = closed.reason.code
-            return code
+            except trio_websocket.ConnectionClosed as closed:
+                return closed.reason.code if closed.reason is not None else 0
 
 
 async def start(nursery: trio.Nursery, address: Address, direct: Address, **variables: str) -> Running:
@@ -198,9 +200,7 @@ async def test_connection_and_presence_stand_in_redis_while_connected(running: R
         assert 290 < await running.redis.call("TTL", keys.presence("usr_a")) <= 300
         await websocket.send_message(json.dumps({"type": "goodbye"}))
         assert await close_code(websocket) == 1000
-        with trio.fail_after(3):
-            while await running.redis.call("EXISTS", keys.connection("usr_a")):
-                await trio.sleep(0.01)
+        await eventually(lambda: running.exists(0, keys.connection("usr_a")))
         assert codec.decode_presence(await running.redis.call("GET", keys.presence("usr_a"))).status == "offline"
 
 
@@ -282,16 +282,14 @@ async def test_redis_away_keeps_connections_and_everything_resumes(behind_proxy:
         assert (error["code"], error["retryable"], error["idempotency_key"]) == ("storage_unavailable", True, "k1")
         assert trio.current_time() - began < 2
         ready = await running.http("/health/ready")
-        assert (ready.status_code, ready.json()["missing"]) == (503, ["redis_commands", "redis_down", "instance"])
+        assert (ready.status_code, ready.json()["missing"]) == (503, ["redis_commands", "redis_down"])
         assert (await running.http("/health/live")).status_code == 200
         async with running.client() as late:
             await late.send_message(auth_frame("usr_b"))
             assert (await receive(late))["error"] == "server_busy"
             assert await close_code(late) == 4503
         proxy.refusing = False
-        with trio.fail_after(5):
-            while running.gateway.missing():
-                await trio.sleep(0.01)
+        await eventually(lambda: not running.gateway.missing(), 5)
         await websocket.send_message(json.dumps(message("k2")))
         assert (await running.published("conv_1")).idempotency_key == "k2"
         await running.down(records.Outcome(number, "k2", b'{"type":"message_ack"}'))
@@ -317,10 +315,8 @@ async def test_a_redis_that_forgot_everything_is_told_again(running: Running) ->
         await running.open(websocket)
         await running.redis.call("FLUSHALL")
         running._query_position = b"0"
-        expected = ["EXISTS", keys.connection("usr_a"), keys.presence("usr_a"), keys.instance(instance_id)]
-        with trio.fail_after(9):
-            while await running.redis.call(*expected, keys.down(instance_id)) != 4:
-                await trio.sleep(0.05)
+        written = [keys.connection("usr_a"), keys.presence("usr_a"), keys.instance(instance_id), keys.down(instance_id)]
+        await eventually(lambda: running.exists(4, *written), 9)
         assert await running.redis.call("SISMEMBER", keys.INSTANCES, instance_id) == 1
         query = await running.next_query(records.HeadsQuery)
         assert query.user_ids == ["usr_a"]
@@ -352,78 +348,85 @@ async def test_the_leftovers_of_a_dead_instance_are_buried(address: Address, nur
     for name in ("gw_dead", "gw_alive"):
         await redis.call("XADD", keys.down(name), "*", "r", codec.encode_down([]))
     await start(nursery, address, address)
-    with trio.fail_after(3):
-        while await redis.call("SISMEMBER", keys.INSTANCES, "gw_dead"):
-            await trio.sleep(0.01)
-    await trio.sleep(0.05)
-    assert await redis.call("EXISTS", keys.down("gw_dead")) == 0
+
+    async def buried() -> bool:
+        known = await redis.call("SISMEMBER", keys.INSTANCES, "gw_dead")
+        return not known and await redis.call("EXISTS", keys.down("gw_dead")) == 0
+
+    await eventually(buried)
     assert await redis.call("EXISTS", keys.down("gw_alive")) == 1
 
 
 # --- the process -----------------------------------------------------------------------------------------------------
 
 
-def spawn(address: Address, port: int, **variables: str) -> subprocess.Popen[str]:
+@contextmanager
+def spawn(address: Address, port: int, **variables: str) -> Iterator[subprocess.Popen[str]]:
+    """A gateway process; it does not outlive the block."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("TRIREME_")}
     environ |= {"TRIREME_ENV": "dev", "TRIREME_REDIS_URL": f"redis://{address}", "TRIREME_GATEWAY_PORT": str(port)}
-    return subprocess.Popen(
-        [sys.executable, "-m", "gateway"], env=environ | variables, stderr=subprocess.PIPE, text=True
-    )
-
-
-async def finish(process: subprocess.Popen[str], seconds: float = 10) -> tuple[int, str]:
-    with process:
+    command = [sys.executable, "-m", "gateway"]
+    with subprocess.Popen(command, env=environ | variables, stderr=subprocess.PIPE, text=True) as process:
         try:
-            _, errors = await trio.to_thread.run_sync(lambda: process.communicate(timeout=seconds))
+            yield process
         finally:
             process.kill()
+
+
+async def finish(process: subprocess.Popen[str], seconds: float = 30) -> tuple[int, str]:
+    """Wait for the end → exit status, standard error."""
+    _, errors = await trio.to_thread.run_sync(lambda: process.communicate(timeout=seconds))
     return process.returncode, errors
 
 
-async def wait_ready(port: int) -> None:
-    with trio.fail_after(10):
-        while True:
-            try:
-                async with httpx2.AsyncClient() as client:
-                    if (await client.get(f"http://127.0.0.1:{port}/health/ready")).status_code == 200:
-                        return
-            except httpx2.HTTPError:
-                pass
-            await trio.sleep(0.05)
+async def status_of(port: int) -> int:
+    """What /health/ready answers; 0 while nobody listens."""
+    try:
+        async with httpx2.AsyncClient() as client:
+            return (await client.get(f"http://127.0.0.1:{port}/health/ready")).status_code
+    except httpx2.HTTPError:
+        return 0
+
+
+async def wait_status(port: int, wanted: int) -> None:
+    async def answers() -> bool:
+        return await status_of(port) == wanted
+
+    await eventually(answers, 30)
+
+
+async def ready_line(process: subprocess.Popen[str]) -> None:
+    """Read the log up to `gateway_ready`."""
+    assert process.stderr is not None
+    with trio.fail_after(30):
+        while "gateway_ready" not in await trio.to_thread.run_sync(process.stderr.readline):
+            pass
 
 
 async def test_sigterm_drains_the_process_and_two_of_them_share_a_port(address: Address, free_port: int) -> None:
-    first, second = spawn(address, free_port), spawn(address, free_port)
-    await wait_ready(free_port)
-    await trio.sleep(0.5)
-    began = trio.current_time()
-    for process in (first, second):
-        process.send_signal(signal.SIGTERM)
-    for process in (first, second):
-        status, errors = await finish(process)
-        assert status == 0
-        events = [json.loads(line)["event"] for line in errors.splitlines()]
-        assert events[-1] == "gateway_stopped"
-        assert "gateway_ready" in events
-    assert trio.current_time() - began < 4
+    with spawn(address, free_port) as first, spawn(address, free_port) as second:
+        for process in (first, second):
+            await ready_line(process)
+        began = trio.current_time()
+        for process in (first, second):
+            process.send_signal(signal.SIGTERM)
+        for process in (first, second):
+            status, errors = await finish(process)
+            assert status == 0
+            events = [json.loads(line)["event"] for line in errors.splitlines()]
+            assert events == ["drain_started", "drain_ended", "gateway_stopped"]
+        assert trio.current_time() - began < 4
 
 
 async def test_a_process_without_redis_says_once_what_it_waits_for_and_is_live(free_port: int) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        process = spawn(Address("127.0.0.1", taken.getsockname()[1], "", "", 0), free_port)
-        with trio.fail_after(10):
-            while True:
-                try:
-                    async with httpx2.AsyncClient() as client:
-                        ready = await client.get(f"http://127.0.0.1:{free_port}/health/ready")
-                    break
-                except httpx2.HTTPError:
-                    await trio.sleep(0.05)
-        assert ready.status_code == 503
-        await trio.sleep(1)
-        process.send_signal(signal.SIGTERM)
-        status, errors = await finish(process)
+        nobody = Address("127.0.0.1", taken.getsockname()[1], "", "", 0)
+        with spawn(nobody, free_port) as process:
+            await wait_status(free_port, 503)
+            await trio.sleep(1)
+            process.send_signal(signal.SIGTERM)
+            status, errors = await finish(process)
     assert status == 0
     waits = [json.loads(line)["wire"] for line in errors.splitlines() if "waiting_for_redis" in line]
     assert sorted(waits) == ["commands", "down"]
@@ -441,17 +444,21 @@ async def test_what_the_operator_has_to_mend_is_one_line_and_status_2(
     address: Address, free_port: int, nursery: trio.Nursery, variables: dict[str, str], start_of_line: str
 ) -> None:
     await start(nursery, address, address)
-    status, errors = await finish(spawn(address, free_port, TRIREME_LOG_LEVEL="error", **variables))
+    with spawn(address, free_port, TRIREME_LOG_LEVEL="error", **variables) as process:
+        status, errors = await finish(process)
     assert status == 2
     assert len(errors.splitlines()) == 1
     assert errors.startswith(start_of_line)
 
 
-async def test_a_redis_that_may_evict_the_log_is_refused(address: Address, free_port: int, nursery: trio.Nursery) -> None:
+async def test_a_redis_that_may_evict_the_log_is_refused(
+    address: Address, free_port: int, nursery: trio.Nursery
+) -> None:
     running = await start(nursery, address, address)
     await running.redis.call("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
     try:
-        status, errors = await finish(spawn(address, free_port, TRIREME_LOG_LEVEL="error"))
+        with spawn(address, free_port, TRIREME_LOG_LEVEL="error") as process:
+            status, errors = await finish(process)
     finally:
         await running.redis.call("CONFIG", "SET", "maxmemory-policy", "noeviction")
     assert status == 2

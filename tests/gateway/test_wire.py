@@ -10,6 +10,7 @@ import pytest
 import trio
 
 from gateway.wire import Address, ReplyFailed, Wire, WireFull, WireLost, pack
+from tests.gateway.fakes import eventually
 
 if TYPE_CHECKING:
     from tests.gateway.proxy import Proxy
@@ -26,12 +27,6 @@ async def started(nursery: trio.Nursery, wire: Wire) -> Wire:
     with trio.fail_after(3):
         await wire.wait_connected()
     return wire
-
-
-async def eventually(condition: Any, seconds: float = 3.0) -> None:
-    with trio.fail_after(seconds):
-        while not condition():
-            await trio.sleep(0.01)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +78,7 @@ async def test_an_error_reply_is_handed_to_the_slot(address: Address, nursery: t
 
 
 async def test_cancelled_calls_never_give_their_answer_to_another(proxy: Proxy, nursery: trio.Nursery) -> None:
-    """2,000 calls, half of them cancelled at a random moment behind a slow proxy: every answer carries its own question."""
+    """2,000 calls, half of them cancelled at a random moment behind a slow proxy: each answer carries its question."""
     wire = await started(nursery, make_wire(proxy.address))
     proxy.delay_seconds = 0.02
     generator = random.Random(11)

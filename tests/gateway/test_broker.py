@@ -1,0 +1,365 @@
+"""The broker on a real Valkey: what it writes, what it hands to its receiver, and what it says when Redis fails."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import trio
+
+from gateway.broker import BrokerRefused, RedisBroker
+from gateway.receipts import ReceiptCollector
+from gateway.registry import Attachment
+from gateway.wire import Address, Wire
+from protocol import codec, keys, records
+from protocol.errors import ErrorCode
+from protocol.models import MessageType
+from tests.gateway.fakes import eventually
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tests.gateway.proxy import Proxy
+
+CONNECTION = Attachment("usr_a", "d1", 1, 1000)
+SHARD = keys.shard_of("conv_1", 64)
+
+
+class Recorder:
+    """Implements `broker.Receiver`."""
+
+    load = 3
+
+    def __init__(self) -> None:
+        self.items: list[records.DownItem] = []
+        self.failures: list[tuple[int, str, ErrorCode]] = []
+        self.lost_queries: list[tuple[records.Query, ErrorCode]] = []
+        self.recoveries: list[bool] = []
+
+    def route(self, items: Sequence[records.DownItem]) -> None:
+        self.items.extend(items)
+
+    def publish_failed(self, connection: int, idempotency_key: str, code: ErrorCode) -> None:
+        self.failures.append((connection, idempotency_key, code))
+
+    def query_failed(self, query: records.Query, code: ErrorCode) -> None:
+        self.lost_queries.append((query, code))
+
+    def recovered(self, forgotten: bool) -> None:
+        self.recoveries.append(forgotten)
+
+
+def make_broker(address: Address, instance_id: str = "gw_1", **options: Any) -> RedisBroker:
+    defaults: dict[str, Any] = {
+        "shards": 64,
+        "endpoint": "ws://here",
+        "max_outstanding": 10_000,
+        "max_receipts": 1000,
+        "deadline_seconds": 2.0,
+        "wall_ms": lambda: 5000,
+    }
+    return RedisBroker(address, instance_id, **(defaults | options))
+
+
+def send(key: str = "k1", connection: int = 1) -> records.SendMessage:
+    return records.SendMessage(
+        "gw_1", connection, "usr_a", "d1", "conv_1", "c1", key, "", "hello", MessageType.TEXT, None, None, 1
+    )
+
+
+@pytest.fixture
+def receiver() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture
+async def redis(address: Address, nursery: trio.Nursery) -> Wire:
+    wire = Wire(address, "test", max_outstanding=1000, deadline_seconds=5)
+    nursery.start_soon(wire.run)
+    await wire.wait_connected()
+    return wire
+
+
+@pytest.fixture
+async def broker(address: Address, receiver: Recorder, nursery: trio.Nursery) -> RedisBroker:
+    running = make_broker(address)
+    with trio.fail_after(5):
+        await nursery.start(running.run, receiver)
+    await running.down.wait_connected()
+    return running
+
+
+@pytest.fixture
+async def behind_proxy(proxy: Proxy, receiver: Recorder, nursery: trio.Nursery) -> RedisBroker:
+    running = make_broker(proxy.address)
+    with trio.fail_after(5):
+        await nursery.start(running.run, receiver)
+    return running
+
+
+async def entries(redis: Wire, key: str) -> list[Any]:
+    return [entry[1][1] for entry in await redis.call("XRANGE", key, "-", "+")]
+
+
+@pytest.mark.trio
+async def test_messages_land_in_their_shard_in_order(broker: RedisBroker, redis: Wire) -> None:
+    for number in range(100):
+        assert broker.publish(send(f"k{number}")) is None
+    await eventually(lambda: broker.commands.outstanding == 0)
+    stored = [codec.decode_ingest(raw) for raw in await entries(redis, keys.ingest(SHARD))]
+    assert stored == [send(f"k{number}") for number in range(100)]
+
+
+@pytest.mark.trio
+async def test_a_query_goes_to_the_capped_stream(broker: RedisBroker, redis: Wire) -> None:
+    query = records.HeadsQuery("gw_1", ["usr_a"])
+    assert broker.ask(query) is None
+    await eventually(lambda: broker.commands.outstanding == 0)
+    assert [codec.decode_query(raw) for raw in await entries(redis, keys.QUERY)] == [query]
+
+
+@pytest.mark.trio
+async def test_receipts_are_collected_per_shard_and_unknown_ids_are_counted(broker: RedisBroker, redis: Wire) -> None:
+    here, elsewhere = keys.new_message_id(1, 1, 5), keys.new_message_id(1, 2, 6)
+    delivered = records.DeliveredMark("usr_a", "d1", here)
+    broker.acknowledge(delivered)
+    broker.acknowledge(records.DeliveredMark("usr_a", "d1", "msg_what"))
+    broker.acknowledge(records.ReadMark("usr_b", "d1", [here, elsewhere, "nonsense"]))
+    await eventually(lambda: broker.receipts.waiting == 0 and broker.commands.outstanding == 0)
+    assert [codec.decode_ingest(raw) for raw in await entries(redis, keys.ingest(5))] == [
+        records.Receipts([delivered], [records.ReadMark("usr_b", "d1", [here])])
+    ]
+    assert [codec.decode_ingest(raw) for raw in await entries(redis, keys.ingest(6))] == [
+        records.Receipts([], [records.ReadMark("usr_b", "d1", [elsewhere])])
+    ]
+    assert broker.receipts.unknown_ids == 2
+
+
+@pytest.mark.trio
+async def test_receipts_wait_for_a_redis_that_is_away(behind_proxy: RedisBroker, proxy: Proxy, redis: Wire) -> None:
+    proxy.silent = True
+    mark = records.DeliveredMark("usr_a", "d1", keys.new_message_id(1, 1, 5))
+    behind_proxy.acknowledge(mark)
+    await trio.sleep(0.1)
+    proxy.refusing = True
+    proxy.cut()
+    await redis.call("DEL", keys.ingest(5))
+    await trio.sleep(0.1)
+    assert behind_proxy.receipts.waiting == 1
+    proxy.silent = proxy.refusing = False
+    await eventually(lambda: behind_proxy.receipts.waiting == 0, 5)
+    await eventually(lambda: behind_proxy.commands.outstanding == 0)
+    assert [codec.decode_ingest(raw) for raw in await entries(redis, keys.ingest(5))] == [records.Receipts([mark], [])]
+
+
+def test_receipts_past_the_bound_are_dropped_and_counted() -> None:
+    collector = ReceiptCollector(64, 3)
+    for number in range(5):
+        collector.add(records.DeliveredMark("usr_a", "d1", keys.new_message_id(1, number, 1)))
+    assert (collector.waiting, collector.dropped) == (3, 2)
+    ((shard, receipts),) = collector.take()
+    assert (shard, len(receipts.delivered), collector.waiting) == (1, 3, 0)
+    collector.add(receipts.delivered[0])
+    collector.put_back(shard, receipts)
+    assert (collector.waiting, collector.dropped) == (1, 5)
+
+
+@pytest.mark.trio
+async def test_a_full_redis_is_overloaded_and_takes_messages_again_later(
+    broker: RedisBroker, redis: Wire, receiver: Recorder
+) -> None:
+    await redis.call("CONFIG", "SET", "maxmemory", 1)
+    try:
+        assert broker.publish(send("k1", 7)) is None
+        await eventually(lambda: bool(receiver.failures))
+    finally:
+        await redis.call("CONFIG", "SET", "maxmemory", 0)
+    assert receiver.failures == [(7, "k1", ErrorCode.OVERLOADED)]
+    broker.publish(send("k2"))
+    await eventually(lambda: broker.commands.outstanding == 0)
+    assert len(receiver.failures) == 1
+
+
+@pytest.mark.trio
+async def test_a_lost_connection_fails_messages_and_queries_in_order(
+    behind_proxy: RedisBroker, proxy: Proxy, receiver: Recorder
+) -> None:
+    proxy.silent = True
+    query = records.HeadsQuery("gw_1", ["usr_a"])
+    for number in range(3):
+        behind_proxy.publish(send(f"k{number}"))
+    behind_proxy.ask(query)
+    await trio.sleep(0.05)
+    proxy.refusing = True
+    proxy.cut()
+    await eventually(lambda: bool(receiver.lost_queries))
+    assert receiver.failures == [(1, f"k{number}", ErrorCode.STORAGE_UNAVAILABLE) for number in range(3)]
+    assert receiver.lost_queries == [(query, ErrorCode.STORAGE_UNAVAILABLE)]
+    assert behind_proxy.publish(send()) is ErrorCode.STORAGE_UNAVAILABLE
+    assert behind_proxy.ask(query) is ErrorCode.STORAGE_UNAVAILABLE
+
+
+@pytest.mark.trio
+async def test_too_many_outstanding_messages_are_overloaded(
+    proxy: Proxy, receiver: Recorder, nursery: trio.Nursery
+) -> None:
+    broker = make_broker(proxy.address, max_outstanding=5)
+    await nursery.start(broker.run, receiver)
+    await eventually(lambda: broker.commands.outstanding == 0)
+    proxy.delay_seconds = 0.3
+    codes = [broker.publish(send(f"k{number}")) for number in range(6)]
+    assert codes == [None] * 5 + [ErrorCode.OVERLOADED]
+
+
+@pytest.mark.trio
+async def test_down_items_arrive_in_order_and_the_stream_is_trimmed(
+    broker: RedisBroker, redis: Wire, receiver: Recorder
+) -> None:
+    sent = [records.Reply(number, b"{}") for number in range(300)]
+    for number in range(0, 300, 2):
+        await redis.call("XADD", keys.down("gw_1"), "*", "r", codec.encode_down(sent[number : number + 2]))
+    await eventually(lambda: len(receiver.items) == 300)
+    assert receiver.items == sent
+    await trio.sleep(0.6)
+    await redis.call("XADD", keys.down("gw_1"), "*", "r", codec.encode_down([records.Reply(1, b"{}")]))
+    await eventually(lambda: len(receiver.items) == 301)
+    await trio.sleep(0.1)
+    assert await redis.call("XLEN", keys.down("gw_1")) == 0
+
+
+@pytest.mark.trio
+async def test_a_down_entry_that_cannot_be_read_is_counted_and_passed(
+    broker: RedisBroker, redis: Wire, receiver: Recorder
+) -> None:
+    key = keys.down("gw_1")
+    await redis.call("XADD", key, "*", "r", b"\xc1")
+    await redis.call("XADD", key, "*", "r", codec.encode_down([records.Reply(1, b"{}")]))
+    await eventually(lambda: bool(receiver.items))
+    assert broker.undecodable == 1
+
+
+@pytest.mark.trio
+async def test_down_items_written_while_the_reader_was_away_are_delivered(
+    behind_proxy: RedisBroker, proxy: Proxy, redis: Wire, receiver: Recorder
+) -> None:
+    await behind_proxy.down.wait_connected()
+    proxy.refusing = True
+    proxy.cut()
+    await redis.call("XADD", keys.down("gw_1"), "*", "r", codec.encode_down([records.Reply(1, b"{}")]))
+    proxy.refusing = False
+    await eventually(lambda: len(receiver.items) == 1, 5)
+    await eventually(lambda: receiver.recoveries == [False])
+
+
+@pytest.mark.trio
+async def test_attach_and_detach_keep_registry_and_presence(broker: RedisBroker, redis: Wire) -> None:
+    broker.attach(CONNECTION)
+    broker.attach(Attachment("usr_a", "d2", 2, 1000))
+    await eventually(lambda: broker.commands.outstanding == 0)
+    assert await redis.call("HLEN", keys.connection("usr_a")) == 2
+    broker.detach(CONNECTION)
+    await eventually(lambda: broker.commands.outstanding == 0)
+    assert codec.decode_presence(await redis.call("GET", keys.presence("usr_a"))).status == "online"
+    broker.detach(Attachment("usr_a", "d2", 2, 1000))
+    await eventually(lambda: broker.commands.outstanding == 0)
+    assert await redis.call("EXISTS", keys.connection("usr_a")) == 0
+    presence = codec.decode_presence(await redis.call("GET", keys.presence("usr_a")))
+    assert (presence.status, presence.last_seen) == ("offline", 5000)
+
+
+@pytest.mark.trio
+async def test_a_late_detach_leaves_the_newer_connection_alone(broker: RedisBroker, redis: Wire) -> None:
+    broker.attach(CONNECTION)
+    broker.attach(Attachment("usr_a", "d1", 9, 2000))
+    broker.detach(CONNECTION)
+    await eventually(lambda: broker.commands.outstanding == 0)
+    stored = codec.decode_registry(await redis.call("HGET", keys.connection("usr_a"), "d1"))
+    assert stored.connection_id == "9"
+    assert codec.decode_presence(await redis.call("GET", keys.presence("usr_a"))).status == "online"
+
+
+@pytest.mark.trio
+async def test_a_detach_that_met_no_redis_is_made_up_for(behind_proxy: RedisBroker, proxy: Proxy, redis: Wire) -> None:
+    behind_proxy.attach(CONNECTION)
+    await eventually(lambda: behind_proxy.commands.outstanding == 0)
+    proxy.refusing = True
+    proxy.cut()
+    await trio.sleep(0.05)
+    behind_proxy.detach(CONNECTION)
+    assert await redis.call("EXISTS", keys.connection("usr_a")) == 1
+    proxy.refusing = False
+
+    async def detached() -> bool:
+        return bool(await redis.call("EXISTS", keys.connection("usr_a")) == 0)
+
+    await eventually(detached, 5)
+
+
+@pytest.mark.trio
+async def test_refresh_renews_lifetimes_and_writes_again_what_was_forgotten(broker: RedisBroker, redis: Wire) -> None:
+    mine, lost = CONNECTION, Attachment("usr_a", "d2", 2, 1000)
+    broker.attach(mine)
+    await eventually(lambda: broker.commands.outstanding == 0)
+    await redis.call("EXPIRE", keys.connection("usr_a"), 5)
+    await redis.call("DEL", keys.presence("usr_a"))
+    broker.refresh([mine, lost])
+    await eventually(lambda: broker.commands.outstanding == 0)
+    assert await redis.call("TTL", keys.connection("usr_a")) > 3500
+    assert await redis.call("HEXISTS", keys.connection("usr_a"), "d2") == 1
+    assert await redis.call("TTL", keys.presence("usr_a")) > 290
+
+
+@pytest.mark.trio
+async def test_refresh_never_takes_a_device_back_from_a_newer_connection(
+    broker: RedisBroker, redis: Wire, address: Address, nursery: trio.Nursery
+) -> None:
+    other = make_broker(address, "gw_2")
+    await nursery.start(other.run, Recorder())
+    broker.attach(CONNECTION)
+    await eventually(lambda: broker.commands.outstanding == 0)
+    other.attach(Attachment("usr_a", "d1", 4, 2000))
+    await eventually(lambda: other.commands.outstanding == 0)
+    broker.refresh([CONNECTION])
+    await eventually(lambda: broker.commands.outstanding == 0)
+    stored = codec.decode_registry(await redis.call("HGET", keys.connection("usr_a"), "d1"))
+    assert (stored.instance_id, stored.connection_id) == ("gw_2", "4")
+
+
+@pytest.mark.trio
+async def test_the_instance_that_held_the_device_is_told(
+    broker: RedisBroker, receiver: Recorder, address: Address, nursery: trio.Nursery
+) -> None:
+    other = make_broker(address, "gw_2")
+    await nursery.start(other.run, Recorder())
+    broker.attach(CONNECTION)
+    await eventually(lambda: broker.commands.outstanding == 0)
+    other.attach(Attachment("usr_a", "d1", 4, 2000))
+    await eventually(lambda: receiver.items == [records.Replaced(1)])
+
+
+@pytest.mark.trio
+@pytest.mark.slow
+async def test_a_redis_that_forgot_gets_lease_stream_and_shard_count_again(
+    broker: RedisBroker, redis: Wire, receiver: Recorder
+) -> None:
+    await redis.call("FLUSHALL")
+    await eventually(lambda: receiver.recoveries == [True], 7)
+    assert await redis.call("EXISTS", keys.instance("gw_1"), keys.down("gw_1"), keys.INSTANCES) == 3
+    await redis.call("XADD", keys.down("gw_1"), "NOMKSTREAM", "*", "r", codec.encode_down([records.Reply(1, b"{}")]))
+    await eventually(lambda: receiver.items == [records.Reply(1, b"{}")])
+    assert broker.missing() == []
+
+
+@pytest.mark.trio
+async def test_another_shard_count_is_refused(address: Address, redis: Wire) -> None:
+    await redis.call("SET", keys.SHARDS, 32)
+    broker = make_broker(address)
+    with trio.fail_after(5), pytest.RaisesGroup(BrokerRefused, flatten_subgroups=True):
+        await broker.run(Recorder())
+
+
+@pytest.mark.trio
+async def test_leaving_removes_lease_and_stream(broker: RedisBroker, redis: Wire) -> None:
+    await broker.leave()
+    assert await redis.call("EXISTS", keys.instance("gw_1"), keys.down("gw_1")) == 0
+    assert await redis.call("SCARD", keys.INSTANCES) == 0
