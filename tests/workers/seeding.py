@@ -96,6 +96,10 @@ class Log:
             self.conversation_id, self.last, self.countable, self.digest, START + timedelta(seconds=self.last)
         )
         await self.store.marks.flush_heads([head])
+        # The flusher's write is a light one; a majority write behind it makes it visible to majority reads.
+        await self.store.db["sequence_numbers"].update_one(
+            {"_id": self.conversation_id}, {"$max": {"last_sequence_number": self.last}}
+        )
 
     async def join(self, user_id: str, join_seq: int) -> None:
         member = new_membership(self.conversation_id, user_id, Role.MEMBER, join_seq, self.countable)
