@@ -98,7 +98,6 @@ class Connection:
     """Implements `transport.Transport`."""
 
     __slots__ = (
-        "_again",
         "_busy",
         "_codec",
         "_controls",
@@ -136,7 +135,7 @@ class Connection:
         self._held: Held | None = None
         self._outbox: Outbox | None = None
         self._paused = False
-        self._busy = self._again = False
+        self._busy = False
         self._controls = 0
         self._controls_since = now
         reactor.shaking.start(self, now)
@@ -252,8 +251,7 @@ class Connection:
         self._busy = False
         if self._stage is _OPEN:
             self._keep(data, position, need, moved, now)
-            if self._again:
-                self._again = False
+            if self._held is not None and not link.blocked:
                 self._release(now)
 
     def _step(self, data: bytes | bytearray, position: int, now: float) -> int:
@@ -326,9 +324,8 @@ class Connection:
 
     def resume_nowait(self) -> None:
         """See `transport.Transport`."""
-        if self._busy:
-            self._again = True
-        elif self._held is not None and self._stage is _OPEN:
+        # While busy, the loop that is under way looks at `blocked` again by itself.
+        if not self._busy and self._held is not None and self._stage is _OPEN:
             try:
                 self._release(trio.current_time())
             except Exception as error:  # noqa: BLE001 - the boundary of one connection; the caller is the hub serving another
@@ -343,7 +340,7 @@ class Connection:
         self._busy = True
         while held and self._stage is _OPEN and not link.blocked:
             link.receive(held.pop(), now)
-        self._busy = self._again = False
+        self._busy = False
         if held or self._stage is not _OPEN:
             return
         self._held = None

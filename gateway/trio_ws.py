@@ -113,8 +113,12 @@ class _GuardedStream(trio.abc.Stream):
     def __init__(self, connection: _Connection, stream: trio.SocketStream, head: bytes, early: bytes) -> None:
         self._connection = connection
         self._stream = stream
-        self._replay = [head, early]
+        self._head = head
+        self._early = early
+        self._writing = trio.Lock()
         self._reading = False
+        self._digested = trio.Event()
+        self._close_sent = False
         self._closed = False
         self.opened = trio.Event()
         """The handshake is answered. The library loses frames that it reads together with the head."""
@@ -124,12 +128,16 @@ class _GuardedStream(trio.abc.Stream):
         """Nothing will come from the peer any more."""
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
-        while self._replay:
+        if self._head:
+            head, self._head = self._head, b""
             await trio.lowlevel.checkpoint()
-            if replayed := self._replay.pop(0):
-                return replayed
-            await self.opened.wait()
+            return head
+        await self.opened.wait()
+        if self._early:
+            early, self._early = self._early, b""
+            return early
         self._reading = True
+        self._digested.set()
         try:
             while True:
                 data = await self._stream.receive_some(max_bytes)
@@ -143,6 +151,12 @@ class _GuardedStream(trio.abc.Stream):
             raise
         finally:
             self._reading = False
+            self._digested = trio.Event()
+
+    async def digested(self) -> None:
+        """Wait until the library has dealt with all it was given: a pong after our Close would be an error to it."""
+        while not self._reading:
+            await self._digested.wait()
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         if self._closed:
@@ -150,17 +164,24 @@ class _GuardedStream(trio.abc.Stream):
         if self.mute and data[0] != _CLOSE_BYTE:
             await trio.lowlevel.checkpoint()
             return
-        await self._stream.send_all(data)
-        self._connection.count_out(len(data))
-        if data[0] == _CLOSE_BYTE:
-            await self.half_close()
+        last = data[0] == _CLOSE_BYTE
+        if last:
+            self.mute = self._close_sent = True
+            self._connection.shorten_deadline()
+        async with self._writing:
+            await self._stream.send_all(data)
+            self._connection.count_out(len(data))
+            if last:
+                await self._stream.send_eof()
 
-    async def half_close(self) -> None:
-        """Nothing more will be written: the peer sees the end at once and may go."""
-        self.mute = True
-        self._replay.clear()
+    async def answer(self, response: bytes) -> None:
+        """Write the answer to a plain request, then end the connection."""
         self._connection.shorten_deadline()
+        await self.send_all(response)
         await self._stream.send_eof()
+        self.mute = True
+        self.opened.set()
+        await self.aclose()
 
     async def wait_send_all_might_not_block(self) -> None:
         await self._stream.wait_send_all_might_not_block()
@@ -174,7 +195,7 @@ class _GuardedStream(trio.abc.Stream):
             await trio.lowlevel.checkpoint()
             return
         try:
-            if not self.mute and (failure := self._connection.failure()) is not None:
+            if not self._close_sent and (failure := self._connection.failure()) is not None:
                 await self.send_all(close_frame(failure))
             self._closed = self.mute = True
             if not self._reading and not self.finished.is_set():
@@ -256,10 +277,8 @@ class _Connection:
                 decision = upgrade.hopeless(received, self._limits)
         if isinstance(decision, upgrade.Answered):
             self._server.handshakes_refused += decision.refused
-            self._guard = guard = _GuardedStream(self, self._stream, b"", b"")
-            await guard.send_all(decision.response)
-            await guard.half_close()
-            await guard.aclose()
+            self._guard = _GuardedStream(self, self._stream, b"", b"")
+            await self._guard.answer(decision.response)
             return
         early = received[length:]
         early = early[: self.inspect(early)]
@@ -284,7 +303,7 @@ class _Connection:
             else:
                 guard.mute = True
             guard.opened.set()
-            nursery.start_soon(self._write)
+            nursery.start_soon(self._write, guard)
             await self._read()
             self.shorten_deadline()
             await guard.finished.wait()
@@ -380,12 +399,13 @@ class _Connection:
         finally:
             self._pinging = False
 
-    async def _write(self) -> None:
+    async def _write(self, guard: _GuardedStream) -> None:
         try:
             while True:
                 while self._outbox:
                     await self._write_one()
                 if self._closing is not None:
+                    await guard.digested()
                     await self._websocket.aclose(self._closing.value, self._closing.reason)
                     return
                 await self._wake.wait()

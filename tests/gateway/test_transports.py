@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from typing import TYPE_CHECKING
 
@@ -160,7 +161,7 @@ REFUSED = {
     "fragmented ping": (frame(PING, b"a", fin=False), 1002),
     "ping of 126 bytes": (frame(PING, b"a" * 126), 1002),
     "continuation without start": (frame(CONTINUATION, b"a"), 1002),
-    "data frame inside a fragmented message": (frame(TEXT, b"a", fin=False) + frame(TEXT, b"b"), 1002),
+    "data frame inside a fragmented message": (frame(TEXT, b"a" * 9, fin=False) + frame(TEXT, b"b" * 9), 1002),
     "invalid UTF-8": (frame(TEXT, b'{"a":"\xff"}'), 1007),
     "surrogate": (frame(TEXT, b"\xed\xa0\x80abcdef"), 1007),
     "overlong": (frame(TEXT, b"\xc0\xafabcdefg"), 1007),
@@ -332,6 +333,21 @@ async def test_resuming_stops_where_the_link_blocks_again(new_server: NewServer)
         assert link.received == wanted
 
 
+async def test_a_new_message_never_overtakes_a_held_one(new_server: NewServer) -> None:
+    async with open_gateway(new_server) as gateway:
+        peer, link = await gateway.open()
+        link.blocked = True
+        await peer.send(frame(TEXT, b"first one") + frame(PING))
+        await peer.receive()
+        link.blocked = False  # and nobody has called resume_nowait yet
+        await peer.send(frame(TEXT, b"second one"))
+        await until(lambda: gateway.server.frames_in == 2)
+        link.transport.resume_nowait()
+        assert await peer.receive() == (TEXT, b"first one")
+        assert await peer.receive() == (TEXT, b"second one")
+        assert link.received == [b"first one", b"second one"]
+
+
 async def test_resuming_from_inside_receive_is_safe(new_server: NewServer) -> None:
     """A refusal can come back while the message is still being received: blocked and free again in one call."""
     async with open_gateway(new_server) as gateway:
@@ -447,6 +463,37 @@ async def test_a_message_must_be_finished_in_time(new_server: NewServer) -> None
         await trio.sleep(0.5)
         await quiet.send(frame(TEXT, b"still open"))
         assert await quiet.receive() == (TEXT, b"still open")
+
+
+async def test_a_busy_peer_is_never_unfinished(new_server: NewServer) -> None:
+    """Every segment ends in the middle of a frame, yet each message is complete long before its deadline."""
+    async with open_gateway(new_server, message_seconds=0.4) as gateway:
+        peer, link = await gateway.open()
+        link.echo = False
+        whole = frame(TEXT, b"abcdefgh")
+        await peer.send(whole[:5])
+        for _ in range(12):
+            await trio.sleep(0.08)
+            await peer.send(whole[5:] + whole[:5])
+        await peer.send(whole[5:])
+        await until(lambda: len(link.received) == 13)
+        await trio.sleep(0.6)
+        assert link.losses == 0
+        await peer.send(whole)
+        await until(lambda: len(link.received) == 14)
+
+
+async def test_fragments_that_drip_do_not_prolong_a_message(new_server: NewServer) -> None:
+    async with open_gateway(new_server, message_seconds=0.4, close_seconds=0.5) as gateway:
+        peer, link = await gateway.open()
+        await peer.send(frame(TEXT, b"a", fin=False))
+        began = trio.current_time()
+        with trio.fail_after(5):
+            while not link.losses:
+                with contextlib.suppress(trio.BrokenResourceError):
+                    await peer.send(frame(CONTINUATION, b"b", fin=False))
+                await trio.sleep(0.05)
+        assert trio.current_time() - began < 1.5
 
 
 # --- links that fail, peers that vanish ------------------------------------------------------------------------------
