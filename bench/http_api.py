@@ -5,6 +5,8 @@ Runs on trio and asyncio alike.
 
 from __future__ import annotations
 
+import secrets
+from itertools import count
 from typing import TYPE_CHECKING, Any, Final
 
 import httpx2
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 REQUEST_SECONDS: Final = 30.0
 CONNECTIONS: Final = 16
+ATTEMPTS: Final = 4
 
 
 class ApiError(Exception):
@@ -47,6 +50,8 @@ class HttpApi:
         limits = httpx2.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS)
         self._client = httpx2.AsyncClient(base_url=rest_url, timeout=REQUEST_SECONDS, limits=limits)
         self._admin_token = admin_token
+        self._name = secrets.token_hex(8)
+        self._numbers = count(1)
 
     async def __aenter__(self) -> HttpApi:
         await self._client.__aenter__()
@@ -86,22 +91,36 @@ class HttpApi:
         return answer if isinstance(answer, Refusal) else None
 
     async def call(self, method: str, path: str, token: str, body: object = None) -> dict[str, Any] | Refusal:
-        """The answer's object ({} where it has no body), or the refusal. Raises ApiError."""
-        headers = {"Authorization": f"Bearer {token}"}
-        try:
-            answer = await self._client.request(method, path, json=body, headers=headers)
-        except httpx2.HTTPError as error:
-            raise ApiError(f"{method} {path}: {error!r}") from error
-        try:
-            if answer.status_code < 300:
-                return msgspec.json.decode(answer.content or b"{}", type=dict[str, Any])
-            refused = msgspec.json.decode(answer.content, type=_ErrorBody).error
-            return Refusal(answer.status_code, refused.code, refused.message)
-        except msgspec.DecodeError as error:
-            raise ApiError(f"{method} {path}: {answer.status_code} {answer.text[:200]}") from error
+        """The answer's object ({} where it has no body), or the refusal.
+
+        What got no answer, or one that promises nothing (503), is asked again with the same `Idempotency-Key`.
+        Raises ApiError.
+        """
+        headers = {"Authorization": f"Bearer {token}", "Idempotency-Key": f"{self._name}-{next(self._numbers)}"}
+        attempt = 1
+        while True:
+            try:
+                answer = await self._client.request(method, path, json=body, headers=headers)
+            except httpx2.TransportError as error:
+                if attempt == ATTEMPTS:
+                    raise ApiError(f"{method} {path}: {error!r}") from error
+            else:
+                if answer.status_code != 503 or attempt == ATTEMPTS:
+                    return _read(method, path, answer)
+            attempt += 1
 
     async def _demand(self, method: str, path: str, token: str, body: object) -> dict[str, Any]:
         answer = await self.call(method, path, token, body)
         if isinstance(answer, Refusal):
             raise ApiError(f"{method} {path}: {answer.status} {answer.code.value} {answer.message}")
         return answer
+
+
+def _read(method: str, path: str, answer: httpx2.Response) -> dict[str, Any] | Refusal:
+    try:
+        if answer.status_code < 300:
+            return msgspec.json.decode(answer.content or b"{}", type=dict[str, Any])
+        refused = msgspec.json.decode(answer.content, type=_ErrorBody).error
+        return Refusal(answer.status_code, refused.code, refused.message)
+    except msgspec.DecodeError as error:
+        raise ApiError(f"{method} {path}: {answer.status_code} {answer.text[:200]}") from error

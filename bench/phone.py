@@ -10,10 +10,11 @@ import random
 import time
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Final
+from urllib.parse import urlsplit
 
 import msgspec
 import trio
-from trio_websocket import ConnectionClosed, HandshakeError, WebSocketConnection, connect_websocket_url
+from trio_websocket import ConnectionClosed, HandshakeError, WebSocketConnection, wrap_client_stream
 
 from bench import journal
 from bench.client import Client, Habits, State
@@ -94,7 +95,7 @@ class Phone:
         self._writing = trio.Lock()
         self._wanted = trio.Event()
         self._wanted.set()
-        self._changed = trio.Event()
+        self._watchers: list[tuple[Callable[[], bool], trio.Event]] = []
         self._waiting: dict[str, list[Callable[[Settled], None]]] = {}
         self._reader_scope: trio.CancelScope | None = None
 
@@ -175,8 +176,14 @@ class Phone:
 
     async def wait_until(self, condition: Callable[[], bool]) -> None:
         """Until the condition holds; looked at after everything that comes in. Bound it with a timeout."""
-        while not condition():
-            await self._changed.wait()
+        if condition():
+            return
+        watcher = (condition, trio.Event())
+        self._watchers.append(watcher)
+        try:
+            await watcher[1].wait()
+        finally:
+            self._watchers.remove(watcher)
 
     async def wait_online(self) -> None:
         """Until the server has let this phone in and its backlog has come."""
@@ -213,13 +220,12 @@ class Phone:
         try:
             async with trio.open_nursery() as nursery:
                 with trio.fail_after(OPEN_SECONDS):
-                    socket = await connect_websocket_url(
-                        nursery,
-                        url,
-                        subprotocols=[SUBPROTOCOL_JSON],
-                        message_queue_size=QUEUED_FRAMES,
-                        max_message_size=MAX_SERVER_FRAME_BYTES,
-                    )
+                    stream = await open_stream(url)
+                    try:
+                        socket = await open_websocket(nursery, stream, url, SUBPROTOCOL_JSON)
+                    except BaseException:
+                        await trio.aclose_forcefully(stream)
+                        raise
                 self._socket = socket
                 try:
                     await self._write(self.client.opened())
@@ -231,6 +237,7 @@ class Phone:
                     self.client.closed(code, trio.current_time())
                     self._notify()
                     nursery.cancel_scope.cancel()
+                    await trio.aclose_forcefully(stream)
         except (OSError, HandshakeError, trio.TooSlowError):
             pass  # nobody there, or somebody else: the caller tries again
         except BaseExceptionGroup as group:
@@ -241,15 +248,19 @@ class Phone:
     async def _read(self, socket: WebSocketConnection) -> None:
         client = self.client
         while True:
-            with trio.CancelScope(deadline=client.deadline()) as self._reader_scope:
-                text = str(await socket.get_message())
-                now = trio.current_time()
-                frame = self._cache.decode(text)
-                out = client.receive(frame, now, wall_ms())
-                if out:
-                    await self._write(out)
-                self._notify()
-                continue
+            deadline = client.deadline()
+            with trio.CancelScope(deadline=deadline) as scope:
+                self._reader_scope = scope
+                while True:
+                    text = str(await socket.get_message())
+                    out = client.receive(self._cache.decode(text), trio.current_time(), wall_ms())
+                    if out:
+                        await self._write(out)
+                    if self._watchers:
+                        self._notify()
+                    due = client.deadline()
+                    if due != deadline:  # most frames change nothing, and moving a deadline costs more than asking
+                        deadline = scope.deadline = due
             await self._write(client.tick(trio.current_time(), wall_ms()))
 
     async def _write(self, frames: Sequence[ClientFrame]) -> None:
@@ -283,8 +294,32 @@ class Phone:
             call(answer)
 
     def _notify(self) -> None:
-        changed, self._changed = self._changed, trio.Event()
-        changed.set()
+        for condition, event in self._watchers:
+            if condition():
+                event.set()
+
+
+async def open_stream(url: str) -> trio.SocketStream:
+    """A TCP connection to the host of this `ws://` address. Whoever opens it closes it: trio-websocket forgets to where
+    its handshake fails."""
+    address = urlsplit(url)
+    return await trio.open_tcp_stream(address.hostname or "", address.port or 80)
+
+
+async def open_websocket(
+    nursery: trio.Nursery, stream: trio.SocketStream, url: str, subprotocol: str
+) -> WebSocketConnection:
+    """The WebSocket handshake on a stream of `open_stream`. Raises HandshakeError."""
+    address = urlsplit(url)
+    return await wrap_client_stream(
+        nursery,
+        stream,
+        address.netloc,
+        address.path,
+        subprotocols=[subprotocol],
+        message_queue_size=QUEUED_FRAMES,
+        max_message_size=MAX_SERVER_FRAME_BYTES,
+    )
 
 
 def wall_ms() -> int:

@@ -7,6 +7,7 @@ come back are in it. Exit status 1 on any violation.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -95,6 +96,8 @@ class Replay:
         self._ack_latency = figures.Latencies()
         self._lateness = figures.Latencies()
         self._seconds = 0.0
+        self._cpu = figures.RoleClock({**stack.pids, "phones": [os.getpid()]})
+        self._cpu_seconds: dict[str, float] = {}
         self._failures: list[str] = []
         self._complete = False
 
@@ -135,6 +138,7 @@ class Replay:
                     phones.start_soon(self._show_progress, progress)
                     for room in self.rooms:
                         await room.prepare()
+                    self._cpu.start()
                     started_at = trio.current_time()
                     async with trio.open_nursery() as nursery:
                         for room in self.rooms:
@@ -143,6 +147,7 @@ class Replay:
                         for room in self.rooms:
                             nursery.start_soon(room.catch_up)
                     self._seconds = trio.current_time() - started_at
+                    self._cpu_seconds = self._cpu.used_seconds()
                     phones.cancel_scope.cancel()
 
     async def _show_progress(self, progress: Progress) -> None:
@@ -185,6 +190,7 @@ class Replay:
             "digest_proven": sum(len(phone.client.proven) > 0 for phone in phones),
             "ack_ms": self._ack_latency.summary_ms(),
             "lateness_ms": self._lateness.summary_ms(),
+            "cpu_seconds": {role: round(seconds, 1) for role, seconds in self._cpu_seconds.items()},
             "machine": figures.machine(),
             "commit": figures.commit(),
             "rooms": rooms,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 import trio
 
+from bench.client import Habits
 from bench.figures import Latencies
 from bench.http_api import HttpApi
 from bench.ledger import Ledger
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 DEVICE: Final = "phone-1"
 AT_ONCE: Final = 16
 """Accounts made at a time."""
+HABITS: Final = Habits(confirm_seconds=1.0)
+"""A busy group is confirmed once a second: a thousand phones share one core with the servers they test."""
 OUTSTANDING: Final = 64
 """Sends of one room without an ack, at most; they only pile up where the log runs faster than the server."""
 PARENT_SECONDS: Final = 20.0
@@ -122,6 +125,7 @@ class Room:
             DEVICE,
             token,
             self._shared.ledger.record,
+            habits=HABITS,
             cache=self._shared.cache,
             seed=self._shared.seed,
         )
