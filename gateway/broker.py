@@ -7,6 +7,7 @@ it: one for commands, one that only ever waits on `down:{instance}`. Nothing her
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import hiredis
@@ -33,6 +34,8 @@ _TURN_SECONDS: Final = 0.005
 """Routing longer than this lets the other roles run in between."""
 _TRIM_SECONDS: Final = 0.5
 _RECEIPT_FLUSH_SECONDS: Final = 0.02
+_BACKLOG_SECONDS: Final = 0.25
+"""Between two looks at the shards' lengths (reliability.md section 10.5): 64 XLEN cost about 0.3 ms."""
 _RENEW_SECONDS: Final = 5.0
 _BURY_EVERY: Final = 12
 """Renewals between two looks for dead instances: once a minute."""
@@ -103,6 +106,7 @@ class RedisBroker:
         endpoint: str,
         max_outstanding: int,
         max_receipts: int,
+        high_water: int,
         deadline_seconds: float,
         wall_ms: Callable[[], int],
     ) -> None:
@@ -123,6 +127,9 @@ class RedisBroker:
         self._endpoint = endpoint
         self._wall_ms = wall_ms
         self._down_key = keys.down(instance_id)
+        self.backlog = [0] * shards
+        """Entries of each shard that no worker has settled, as of the last look."""
+        self._high_water = high_water
         self._ingest_prefix = [_xadd_prefix(keys.ingest(shard)) for shard in range(shards)]
         self._query_prefix = _xadd_prefix(keys.QUERY, b"MAXLEN", b"~", b"%d" % _QUERY_MAXLEN)
         self._registry = RegistryScripts(instance_id)
@@ -140,10 +147,13 @@ class RedisBroker:
 
     def publish(self, record: records.SendMessage) -> ErrorCode | None:
         """See `Broker.publish`."""
+        shard = keys.shard_of(record.conversation_id, self._shards)
+        if self.backlog[shard] >= self._high_water:
+            return ErrorCode.OVERLOADED
         payload = encode_record(record)
-        prefix = self._ingest_prefix[keys.shard_of(record.conversation_id, self._shards)]
+        packed = b"%b%d\r\n%b\r\n" % (self._ingest_prefix[shard], len(payload), payload)
         try:
-            self.commands.post(b"%b%d\r\n%b\r\n" % (prefix, len(payload), payload), self._published, record)
+            self.commands.post(packed, self._published, record)
         except WireError as error:
             return _code_of(error)
         return None
@@ -210,13 +220,12 @@ class RedisBroker:
         """See `Broker.refresh`."""
         self._post_unless_down(self._registry.refresh(attachments, self._wall_ms()), None)
 
-    def _post_unless_down(self, packed: bytes, on_reply: Callable[[Any, Any], None] | None) -> bool:
+    def _post_unless_down(
+        self, packed: bytes, on_reply: Callable[[Any, Any], None] | None, context: object = None
+    ) -> None:
         """Post something that is repeated anyway when Redis is back."""
-        try:
-            self.commands.post(packed, on_reply)
-        except WireError:
-            return False
-        return True
+        with suppress(WireError):
+            self.commands.post(packed, on_reply, context)
 
     def missing(self) -> list[str]:
         """See `Broker.missing`."""
@@ -237,6 +246,7 @@ class RedisBroker:
             nursery.start_soon(self.down.run, name="redis-down")
             await nursery.start(self._keep_lease, name="instance-lease")
             nursery.start_soon(self._flush_receipts, name="receipts")
+            nursery.start_soon(self._watch_backlog, name="backlog")
             nursery.start_soon(self._deliver, name="deliverer")
             task_status.started()
 
@@ -276,8 +286,10 @@ class RedisBroker:
         before = await self._write_lease()
         forgotten = before is None or info.get("run_id", "") != self._run_id
         if forgotten:
+            if was_established:
+                await self._check_settings(info)
             await self.commands.call("XADD", self._down_key, "*", keys.FIELD, encode_down([]))
-            self._position = b"0"
+            self._position = b"0"  # what was read since may come twice: every item can be taken twice
             self._run_id = info.get("run_id", "")
         self._established = self._leased = True
         if known and (forgotten or not was_established):
@@ -318,6 +330,19 @@ class RedisBroker:
         detaches, self._detaches = self._detaches, {}
         for attachment in detaches.values():
             self.detach(attachment)
+
+    async def _watch_backlog(self) -> None:
+        """See how far the workers are behind: a shard past the high-water mark takes no more messages."""
+        looks = [pack("XLEN", keys.ingest(shard)) for shard in range(self._shards)]
+        while True:
+            await self.commands.wait_connected()
+            for shard, look in enumerate(looks):
+                self._post_unless_down(look, self._note_backlog, shard)
+            await trio.sleep(_BACKLOG_SECONDS)
+
+    def _note_backlog(self, shard: int, reply: Any) -> None:
+        if type(reply) is int:
+            self.backlog[shard] = reply
 
     async def _flush_receipts(self) -> None:
         while True:

@@ -88,6 +88,7 @@ class GatewayCollector(Collector):
         yield "users", "users with a live session here", len(self._hub.users)
         yield "in_flight", "messages without an outcome", self._hub.in_flight
         yield "receipts_waiting", "receipts not yet handed over", self._broker.receipts.waiting
+        yield "backlog_entries", "greatest backlog of a shard, as of the last look", max(self._broker.backlog)
         yield "loop_late_seconds", "how late the last timer step began", self._timers.late_seconds
 
 

@@ -81,6 +81,7 @@ class Gateway:
             endpoint=settings.endpoint,
             max_outstanding=settings.redis_outstanding,
             max_receipts=settings.receipts_waiting,
+            high_water=settings.ingest_high_water,
             deadline_seconds=settings.redis_deadline_seconds,
             wall_ms=wall_ms,
         )

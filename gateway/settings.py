@@ -65,6 +65,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     receipts_waiting: Annotated[int, Meta(ge=100, le=10_000_000)] = 100_000
     """Receipts kept while Redis is away, about 20 MB; past it they are dropped, the reader's next one makes up for
     them."""
+    ingest_high_water: Annotated[int, Meta(ge=1)] = 20_000
+    """Entries of one shard no worker has settled: about 10 MB, some seconds of work; past it clients are told
+    `overloaded`."""
     origins: str = ""
     """Comma-separated values of `Origin` that may connect; empty: any. Clients that are no browsers send none."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
