@@ -50,6 +50,8 @@ DEFAULT_DATABASE: Final = "trireme"
 WRITE_CONCERN: Final = WriteConcern("majority", j=True, wtimeout=5000)
 READ_CONCERN: Final = ReadConcern("majority")
 
+_NAMESPACE_EXISTS: Final = 48
+"""What the server says when two processes create the same collection at the same moment."""
 _CONNECT_MS: Final = 2000
 _SOCKET_MS: Final = 12_000
 """Above the write concern's 5 s and one retry, so that the server's answer is preferred to our giving up."""
@@ -109,6 +111,10 @@ class Store:
                 try:
                     await self.db.create_collection(name)
                 except CollectionInvalid:
+                    log.debug("collection_made_elsewhere", name=name)
+                except OperationFailure as error:
+                    if error.code != _NAMESPACE_EXISTS:
+                        raise
                     log.debug("collection_made_elsewhere", name=name)
         if "messages" in present:
             await self._agree_retention()
