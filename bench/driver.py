@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 CONNECTING_AT_ONCE = 64
-"""Handshakes under way at a time: below every server's accept backlog."""
+"""Connections between their handshake and the end of their backlog: a load is no reconnect storm."""
 READ_BUFFER_BYTES = 4096
 """picows' own default of 16 KiB would cost 160 MB at 10,000 connections."""
 
@@ -58,6 +58,8 @@ class Connect(msgspec.Struct, tag="connect", tag_field="do"):
     content_bytes: int = 120
     ack_every: int = 20
     ack_after_seconds: float = 0.2
+    receipts: bool = True
+    """Every message must be receipted; False: receipts are only checked for going backwards."""
     timeout_seconds: float = 60.0
 
 
@@ -81,6 +83,7 @@ class Connection(picows.WSListener):
         self.sends = member.sends
         self.in_flight = 0
         self.transport: Any = None
+        self.ready = anyio.Event()
         self._load = load
         self._member = member
         self._codec = codec
@@ -159,6 +162,7 @@ class Connection(picows.WSListener):
     def _on_messages(self, rows: list[templates.Row]) -> None:
         reader = self.reader
         phase = self._load.phase
+        phase.message_frames += 1
         for row in rows:
             mark = NO_MARK if row.sender_id == SYSTEM_SENDER else int(row.content[:MARK_DIGITS])
             if reader.saw(row.sequence_number, row.message_id, mark) and mark != NO_MARK:
@@ -182,6 +186,7 @@ class Connection(picows.WSListener):
         load = self._load
         if isinstance(got, templates.SyncComplete):
             load.one_ready()
+            self.ready.set()
         elif isinstance(got, templates.HeartbeatAck):
             load.phase.heartbeat()
         elif isinstance(got, templates.AuthError):
@@ -194,6 +199,7 @@ class Connection(picows.WSListener):
     def on_ws_disconnected(self, transport: picows.WSTransport) -> None:
         if self._timer is not None:
             self._timer.cancel()
+        self.ready.set()
         if not self._load.closing:
             self._load.violations.add("closed", f"member {self.reader.index} lost its connection")
             self._load.phase.fail()
@@ -208,21 +214,19 @@ class Load:
         self.violations = Violations()
         self.connections: list[Connection] = []
         self.closing = False
+        self.receipts = True
         self.phase = Phase(self, 0)
         self._logs: dict[str, Log] = {}
         self._waiting = 0
-        self._ready = anyio.Event()
 
     def one_ready(self) -> None:
         """A connection has its backlog."""
         self._waiting -= 1
-        if self._waiting == 0:
-            self._ready.set()
 
     async def connect(self, command: Connect) -> dict[str, Any]:
         codec = FRAME_CODECS[command.subprotocol]
+        self.receipts = command.receipts
         self._waiting = len(command.members)
-        self._ready = anyio.Event()
         limiter = anyio.CapacityLimiter(CONNECTING_AT_ONCE)
         began = time.perf_counter()
         with anyio.move_on_after(command.timeout_seconds):
@@ -235,7 +239,6 @@ class Load:
                     self.connections.append(connection)
                     url = command.urls[reader.index % len(command.urls)]
                     tasks.start_soon(_open, connection, url, command, limiter)
-            await self._ready.wait()
         gc.collect()
         gc.freeze()
         return {"connected": len(command.members) - self._waiting, "seconds": time.perf_counter() - began}
@@ -250,7 +253,8 @@ class Load:
 
     def check(self) -> dict[str, Any]:
         if not self.violations.count:
-            check_all(self._logs.values(), [connection.reader for connection in self.connections], self.violations)
+            readers = [connection.reader for connection in self.connections]
+            check_all(self._logs.values(), readers, self.violations, self.receipts)
         return {"violations": self.violations.listed(), "count": self.violations.count}
 
     def close(self) -> None:
@@ -269,6 +273,7 @@ async def _open(connection: Connection, url: str, command: Connect, limiter: any
             read_buffer_init_size=READ_BUFFER_BYTES,
             websocket_handshake_timeout=command.timeout_seconds,
         )
+        await connection.ready.wait()
 
 
 def _wall_ms() -> int:

@@ -89,7 +89,7 @@ def machine_cpu_seconds() -> float:
 
 
 class RoleClock:
-    """CPU seconds each role (gateway, worker, valkey, …) has used since `start`, and how busy the machine was besides."""
+    """CPU seconds each role (gateway, worker, valkey, …) has used since `start`, and how busy the rest was."""
 
     def __init__(self, roles: Mapping[str, Iterable[int]]) -> None:
         self._roles = {role: list(pids) for role, pids in roles.items()}

@@ -46,4 +46,5 @@ def _group(args: argparse.Namespace, stack: Stack, driver: DriverProcess) -> dic
     gateway_seconds = found["cpu_seconds"].get("gateway")
     if gateway_seconds:
         found["deliveries_per_gateway_cpu_second"] = round(deliveries / gateway_seconds)
+        found["frames_per_gateway_cpu_second"] = round(found["message_frames"] / gateway_seconds)
     return found

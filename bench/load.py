@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pairs", type=int, default=200, help="1:1 conversations, one sender and one receiver each")
     parser.add_argument("--messages", type=int, default=30_000)
     parser.add_argument("--window", type=int, default=8, help="unacknowledged messages per sender (at most 32)")
+    parser.add_argument("--both", action="store_true", help="both of a pair send, not only the first")
     parser.add_argument(
         "--rate", type=float, help="messages per second of the latency run (default: half of the measured)"
     )
@@ -97,7 +98,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def _direct(args: argparse.Namespace, stack: Stack, driver: DriverProcess) -> dict[str, Any]:
     community = create_community(stack.rest_url, stack.admin_token, ConversationType.ONE_TO_ONE, [2] * args.pairs)
-    problems = connect_all(args, stack, driver, community, senders=1)
+    problems = connect_all(args, stack, driver, community, senders=2 if args.both else 1)
     if problems:
         return {"verdict": problems}
     warm_up(driver, args.window)
@@ -156,6 +157,7 @@ def saturate(args: argparse.Namespace, stack: Stack, driver: DriverProcess) -> t
         "messages": args.messages,
         "messages_per_second": round(rate, 1),
         "delivered_per_second": round(args.messages / max(answer["delivered_seconds"], 1e-9), 1),
+        "message_frames": answer["message_frames"],
         "cpu_us_per_message": figures.cpu_us_per_message(used, args.messages),
         "cpu_seconds": {role: round(seconds, 2) for role, seconds in used.items()},
         "elsewhere_cores": elsewhere,
@@ -192,6 +194,7 @@ def _latency(args: argparse.Namespace, stack: Stack, driver: DriverProcess, rate
         "paced": {
             "messages": messages,
             "messages_per_second": round(rate, 1),
+            "message_frames": answer["message_frames"],
             "cpu_us_per_message": figures.cpu_us_per_message(used, messages),
             "elsewhere_cores": elsewhere,
         },

@@ -38,8 +38,11 @@ class Phase:
         self.failed = False
         self.began = self.delivered_at = self.ended = monotonic()
         self.ack, self.delivery, self.receipt = Latencies(), Latencies(), Latencies()
-        self.acks_left = self.receipts_left = messages
+        self.acks_left = messages
+        self.receipts_left = messages if load.receipts else 0
         self.deliveries_left = 0
+        self.message_frames = 0
+        """`messages` frames that carried the deliveries: several messages of a conversation may share one."""
 
     def start(self) -> None:
         """Begin to send."""
@@ -68,7 +71,7 @@ class Phase:
         for count in covered:
             self.receipt.add(now - intended[count])
         self.receipts_left -= len(covered)
-        if self.receipts_left <= 0:
+        if self.receipts_left <= 0 and self.load.receipts:
             self._check(now)
 
     def fail(self) -> None:
@@ -97,6 +100,7 @@ class Phase:
             "acks_left": self.acks_left,
             "deliveries_left": self.deliveries_left,
             "receipts_left": self.receipts_left,
+            "message_frames": self.message_frames,
             "ack_ms": self.ack.summary_ms(),
             "delivered_ms": self.delivery.summary_ms(),
             "receipt_ms": self.receipt.summary_ms(),
