@@ -47,7 +47,7 @@ def ingest(shard: int) -> str:
 
 
 def lease(shard: int) -> str:
-    """string: id of the owning worker; 5 s, renewed every 1.5 s."""
+    """string: id of the owning worker; 5 s, renewed twice a second."""
     return f"lease:shard:{shard}"
 
 

@@ -177,8 +177,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _quieten_collector() -> None:
-    """What is imported is garbage never, and batches make thousands of short-lived objects that reference counting frees:
-    by default the collector would walk all of them every 700 allocations, and everything remembered every few seconds.
+    """What is imported is garbage never, and batches make thousands of short-lived objects that reference counting
+    frees: by default the collector would walk all of them every 700 allocations, and everything remembered every few
+    seconds.
     """
     gc.collect()
     gc.freeze()

@@ -259,6 +259,13 @@ class Broker:
                 )
         return [shard for shard, mine in zip(shards, held, strict=True) if mine]
 
+    async def free_leases(self, shards: Sequence[int]) -> list[int]:
+        """Which of these shards nobody holds."""
+        if not shards:
+            return []
+        owners = await self._run("MGET", *[keys.lease(shard) for shard in shards])
+        return [shard for shard, owner in zip(shards, owners, strict=True) if owner is None]
+
     async def release_leases(self, worker_id: str, shards: Sequence[int]) -> None:
         """Give up what is still this worker's."""
         if shards:

@@ -19,7 +19,13 @@ from workers.broker import Broker, BrokerUnavailable
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-RENEW_SECONDS = 1.5
+ROUND_SECONDS = 0.5
+"""Between two looks at the leases: one script and two reads. A dead owner's shard is free after 5 s and adopted at the
+second look that finds it so: within 6 s of its death (reliability.md, F-W1)."""
+ADOPTION_SECONDS = 20.0
+"""How long a shard that its preferred owner did not hold is kept, in which a dead worker's liveness lease (15 s)
+ends.
+"""
 SAFETY_SECONDS = 1.5
 """An owner with less than this left of its lease issues no more work (reliability.md section 10.4)."""
 MOVES_PER_ROUND = 64
@@ -44,6 +50,8 @@ class Leases:
         self._shards = shards
         self._changed = changed
         self._until: dict[int, float] = {}
+        self._adopted: dict[int, float] = {}
+        self._seen_free: frozenset[int] = frozenset()
 
     @property
     def held(self) -> frozenset[int]:
@@ -59,14 +67,16 @@ class Leases:
             except BrokerUnavailable as error:
                 log.warning("lease_round_failed", error=str(error))
             self._drop_expired()
-            await anyio.sleep(RENEW_SECONDS)
+            await anyio.sleep(ROUND_SECONDS)
 
     async def _round(self) -> None:
+        """One look: who lives, what should be mine, give up, take and renew."""
         live = await self._broker.live_instances()
         workers = [name for name, info in live.items() if info.kind == "worker" and not info.draining]
         if self._worker_id not in workers:
             workers.append(self._worker_id)
         wanted = [shard for shard in range(self._shards) if preferred_owner(shard, workers) == self._worker_id]
+        wanted += await self._adopt(frozenset(range(self._shards)) - frozenset(wanted))
         unwanted = sorted(set(self._until) - set(wanted))[:MOVES_PER_ROUND]
         if unwanted:
             for shard in unwanted:
@@ -87,6 +97,16 @@ class Leases:
         if fresh or lost:
             log.info("shards_changed", held=len(self._until), gained=len(fresh), lost=len(lost))
             self._changed(self.held)
+
+    async def _adopt(self, foreign: frozenset[int]) -> list[int]:
+        """Which shards of others to hold for now: those whose owner let the lease end without being seen dead yet."""
+        now = anyio.current_time()
+        self._adopted = {shard: until for shard, until in self._adopted.items() if shard in foreign and until > now}
+        free = frozenset(await self._broker.free_leases(sorted(foreign - self._until.keys())))
+        for shard in free & self._seen_free:
+            self._adopted[shard] = now + ADOPTION_SECONDS
+        self._seen_free = free
+        return list(self._adopted)
 
     def _drop_expired(self) -> None:
         held = self.held

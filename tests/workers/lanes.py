@@ -1,4 +1,4 @@
-"""A lane's surroundings on real Valkey and mongod, for the tests of the ingest role: who sends, who is where, what came down."""
+"""A lane's surroundings on real servers, for the tests of the ingest role: who sends, who is where, what came down."""
 
 from __future__ import annotations
 
@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 
 SHARDS = 4
 INSTANCE = "gw-test"
+
+
+def shown(frame: bytes) -> Any:
+    """The payload of a frame as a client decodes it."""
+    decoded: Any = codec.JSON.decode_server(frame)
+    return decoded.payload
 
 
 class Yard:

@@ -109,7 +109,8 @@ class ConversationStore:
         return {name: [tail[sequence] for sequence in sorted(tail)] for name, tail in tails.items()}
 
     async def create(self, created: Sequence[tuple[Conversation, Iterable[Membership]]]) -> None:
-        """Write conversations and the memberships they begin with, where they are missing; repeating it changes nothing.
+        """Write conversations and the memberships they begin with, where they are missing; repeating it changes
+        nothing.
 
         Memberships come first: a conversation that exists has them. Its `sequence_numbers` document starts at 0.
         """

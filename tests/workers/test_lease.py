@@ -1,0 +1,119 @@
+"""Shard leases: spread, taken over, given back."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import anyio
+import pytest
+
+from protocol import keys
+from workers.broker import Broker, BrokerUnavailable, open_broker
+from workers.lease import Leases, preferred_owner, worker_info
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+pytestmark = pytest.mark.anyio
+SHARDS = 16
+
+
+@pytest.fixture
+async def broker(redis_url: str) -> AsyncIterator[Broker]:
+    async with open_broker(redis_url) as opened:
+        yield opened
+
+
+class Worker:
+    """One lease holder; `held` is what it was last told."""
+
+    def __init__(self, broker: Broker, name: str) -> None:
+        self.broker = broker
+        self.name = name
+        self.held: frozenset[int] = frozenset()
+        self.leases = Leases(broker, name, SHARDS, self._changed)
+
+    def _changed(self, held: frozenset[int]) -> None:
+        self.held = held
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[Worker]:
+        await self.broker.renew_instance(self.name, worker_info("", 0, draining=False))
+        async with anyio.create_task_group() as group:
+            group.start_soon(self.leases.run)
+            yield self
+            group.cancel_scope.cancel()
+
+
+async def until(check: Callable[[], object], seconds: float) -> float:
+    started = anyio.current_time()
+    with anyio.fail_after(seconds):
+        while not check():  # noqa: ASYNC110 - Redis tells nobody
+            await anyio.sleep(0.05)
+    return anyio.current_time() - started
+
+
+def test_a_leaving_worker_moves_only_its_own_shards() -> None:
+    before = {shard: preferred_owner(shard, ("a", "b", "c")) for shard in range(256)}
+    after = {shard: preferred_owner(shard, ("a", "c")) for shard in range(256)}
+    assert {before[shard] for shard in before} == {"a", "b", "c"}
+    assert all(after[shard] == before[shard] for shard in before if before[shard] != "b")
+    assert preferred_owner(1, ()) is None
+
+
+async def test_one_worker_takes_everything_and_two_share_it(broker: Broker) -> None:
+    one, two = Worker(broker, "worker-1"), Worker(broker, "worker-2")
+    async with one.running():
+        await until(lambda: len(one.held) == SHARDS, 3)
+        async with two.running():
+            await until(lambda: two.held and len(one.held) + len(two.held) == SHARDS, 8)
+            assert not one.held & two.held
+            owners = {shard: await broker.client.get(keys.lease(shard)) for shard in range(SHARDS)}
+    assert {shard for shard, owner in owners.items() if owner == b"worker-1"} == one.held
+    assert {shard for shard, owner in owners.items() if owner == b"worker-2"} == two.held
+
+
+async def test_shards_of_a_killed_worker_are_taken_over_when_its_leases_end(broker: Broker) -> None:
+    dead, alive = Worker(broker, "worker-1"), Worker(broker, "worker-2")
+    async with dead.running():
+        await until(lambda: len(dead.held) == SHARDS, 3)
+    # Killed: nothing is released, and its liveness lease goes on for 15 s.
+    killed_at = anyio.current_time()
+    async with alive.running():
+        await until(lambda: len(alive.held) == SHARDS, 8)
+        assert anyio.current_time() - killed_at <= 6.5
+        await anyio.sleep(1.5)
+        assert len(alive.held) == SHARDS
+
+
+async def test_a_clean_stop_gives_the_shards_back_at_once(broker: Broker) -> None:
+    one = Worker(broker, "worker-1")
+    async with one.running():
+        await until(lambda: len(one.held) == SHARDS, 3)
+    await one.leases.release()
+    assert await broker.hold_leases("worker-2", list(range(SHARDS))) == list(range(SHARDS))
+
+
+async def test_a_stolen_lease_is_noticed(broker: Broker) -> None:
+    one = Worker(broker, "worker-1")
+    async with one.running():
+        await until(lambda: len(one.held) == SHARDS, 3)
+        await broker.client.set(keys.lease(3), "zombie", px=60_000)
+        await until(lambda: 3 not in one.held, 4)
+        assert len(one.held) == SHARDS - 1
+
+
+async def test_an_owner_stops_before_its_lease_ends_when_redis_is_gone(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = Worker(broker, "worker-1")
+
+    async def away(*_: object) -> list[int]:
+        raise BrokerUnavailable("gone")
+
+    async with one.running():
+        await until(lambda: len(one.held) == SHARDS, 3)
+        monkeypatch.setattr(broker, "hold_leases", away)
+        seconds = await until(lambda: not one.held, 8)
+    assert seconds < keys.LEASE_TTL_MS / 1000
