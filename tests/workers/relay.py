@@ -13,31 +13,38 @@ if TYPE_CHECKING:
 
 
 class Relay:
-    """Passes bytes to `port` until `cut`; afterwards connections are closed as soon as they are made."""
+    """Passes bytes to `port` until `cut`; afterwards connections are closed as soon as they are made.
+
+    They are still accepted: the driver leaves a socket behind when a refused connection is cancelled.
+    """
 
     def __init__(self, port: int) -> None:
         self._port = port
-        self._up = anyio.CancelScope()
+        self._is_cut = False
+        self._connections: set[anyio.CancelScope] = set()
         self.port = 0
 
     def cut(self) -> None:
-        self._up.cancel()
+        self._is_cut = True
+        for connection in self._connections:
+            connection.cancel()
 
     async def run(self, *, task_status: anyio.abc.TaskStatus[None]) -> None:
         async with await anyio.create_tcp_listener(local_host="127.0.0.1") as listener:
             self.port = listener.extra(anyio.abc.SocketAttribute.local_port)
             task_status.started()
-            with self._up:
-                await listener.serve(self._pass)
+            await listener.serve(self._pass)
 
     async def _pass(self, client: anyio.abc.SocketStream) -> None:
-        async with (
-            client,
-            await anyio.connect_tcp("127.0.0.1", self._port) as server,
-            anyio.create_task_group() as group,
-        ):
-            group.start_soon(_copy, client, server, group.cancel_scope)
-            group.start_soon(_copy, server, client, group.cancel_scope)
+        async with client:
+            if self._is_cut:
+                return
+            server = await anyio.connect_tcp("127.0.0.1", self._port)
+            async with server, anyio.create_task_group() as group:
+                self._connections.add(group.cancel_scope)
+                group.start_soon(_copy, client, server, group.cancel_scope)
+                group.start_soon(_copy, server, client, group.cancel_scope)
+            self._connections.discard(group.cancel_scope)
 
 
 async def _copy(source: anyio.abc.ByteReceiveStream, sink: anyio.abc.ByteSendStream, both: anyio.CancelScope) -> None:
