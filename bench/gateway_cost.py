@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
 import pymongo
@@ -154,27 +155,49 @@ def per_connection(before: dict[str, int], after: dict[str, int], connections: i
 
 
 def measure_gateway(transport: str, messages: int, idle: int) -> dict[str, Any]:
-    """CPU per accepted message at 100, 1,000 and `idle` connections, and memory per authenticated connection."""
-    steps = [*CONNECTIONS, *([idle] if idle > CONNECTIONS[-1] else [])]
+    """CPU per accepted message at 100, 1,000 and `idle` connections, and memory per authenticated connection.
+
+    Two stacks: memory is measured before any traffic, since a heap that traffic has grown hides what connections take.
+    """
     cpu: dict[int, float] = {}
     memory: dict[str, dict[str, float]] = {}
+    violations: list[str] = []
+    with _ready_gateway(transport, CONNECTIONS[-1]) as (stack, driver, community, pid):
+        opened = 0
+        for connections in CONNECTIONS:
+            _connect(driver, stack, community, opened, connections)
+            opened = connections
+            cpu[connections] = _cost(driver, stack, pid, connections, messages)
+        violations += driver.command(Check(), PHASE_SECONDS)["violations"]
+    steps = [*CONNECTIONS, *([idle] if idle > CONNECTIONS[-1] else [])]
+    with _ready_gateway(transport, steps[-1]) as (stack, driver, community, pid):
+        _connect(driver, stack, community, 0, steps[0])
+        for before_count, connections in pairwise(steps):
+            before = figures.memory_kib(pid)
+            _connect(driver, stack, community, before_count, connections)
+            time.sleep(SETTLE_SECONDS)
+            memory[f"at_{connections}"] = per_connection(before, figures.memory_kib(pid), connections - before_count)
+        if idle in steps:
+            cpu[idle] = _cost(driver, stack, pid, idle, messages)
+        violations += driver.command(Check(), PHASE_SECONDS)["violations"]
+    return {"cpu_us_per_message": cpu, "kib_per_connection": memory, "violations": violations}
+
+
+@contextmanager
+def _ready_gateway(transport: str, connections: int) -> Iterator[tuple[Stack, DriverProcess, Community, int]]:
+    """A fresh stack with accounts for so many connections, a driver, and the gateway's pid."""
     with run_stack(settings=SETTINGS | {"TRIREME_GATEWAY_TRANSPORT": transport}) as stack, open_driver() as driver:
-        (pid,) = stack.pids["gateway"]
         mongodb = pymongo.MongoClient[dict[str, Any]](stack.mongodb_url)
         with redis.Redis.from_url(stack.redis_url) as client, mongodb as mongo:
-            community = seed_direct(client, mongo, steps[-1] // 2)
-        opened = 0
-        for connections in steps:
-            before = figures.memory_kib(pid)
-            _connect(driver, stack, community, opened, connections)
-            time.sleep(SETTLE_SECONDS)
-            if opened:
-                memory[f"at_{connections}"] = per_connection(before, figures.memory_kib(pid), connections - opened)
-            opened = connections
-            _accept(driver, stack, pid, max(WARM_UP_MESSAGES, connections))
-            cpu[connections] = per_message(_accept(driver, stack, pid, messages), messages)
-        violations = driver.command(Check(), PHASE_SECONDS)["violations"]
-    return {"cpu_us_per_message": cpu, "kib_per_connection": memory, "violations": violations}
+            community = seed_direct(client, mongo, connections // 2)
+        (pid,) = stack.pids["gateway"]
+        yield stack, driver, community, pid
+
+
+def _cost(driver: DriverProcess, stack: Stack, pid: int, connections: int, messages: int) -> float:
+    """Microseconds of gateway CPU per accepted message, after a warm-up."""
+    _accept(driver, stack, pid, max(WARM_UP_MESSAGES, connections))
+    return per_message(_accept(driver, stack, pid, messages), messages)
 
 
 def _connect(driver: DriverProcess, stack: Stack, community: Community, first: int, end: int) -> None:
