@@ -217,6 +217,8 @@ class Client:
         if self.state is not State.LIVE or not self.synced:
             return []
         self.synced = False
+        for log in self.logs.values():
+            log.wants_anchor = False
         self._record(journal.Rewound(**self._stamp(now)))
         cursors = {name: log.cursor for name, log in self.logs.items() if log.cursor is not None}
         return [frames.Sync(payload=frames.SyncPayload(cursors=cursors))]
@@ -239,7 +241,7 @@ class Client:
             case frames.AuthError():
                 self.auth_error = frame
             case frames.SyncComplete():
-                self._on_sync_complete(frame.payload, now)
+                return self._on_sync_complete(frame.payload, now)
             case _:
                 pass  # heartbeat_ack, migration, conversation_update: nothing to answer
         return []
@@ -326,7 +328,6 @@ class Client:
         if bounds is None:
             return []
         first, last = bounds
-        joined_later = log.cursor is None and first > 1 and self.synced
         if log.cursor is None:
             log.begin(first)
         assert log.cursor is not None
@@ -340,7 +341,7 @@ class Client:
         if moved:
             log.asked_at = None  # an answer may be a part: ask for the rest at once
             self._note_news(conversation_id, log, moved, now)
-        anchor = self.sync(now) if joined_later else []
+        anchor = self.sync(now) if log.wants_anchor else []
         return [*self._confirm(now, wall_ms), *self._ask(now), *anchor]
 
     def _note_news(self, conversation_id: str, log: ConversationLog, count: int, now: float) -> None:
@@ -359,7 +360,7 @@ class Client:
             if log.hole_since is None:
                 log.hole_since = now
 
-    def _on_sync_complete(self, payload: frames.SyncCompletePayload, now: float) -> None:
+    def _on_sync_complete(self, payload: frames.SyncCompletePayload, now: float) -> list[frames.ClientFrame]:
         self.synced = True
         self._record(journal.Synced(**self._stamp(now)))
         for conversation_id, head in payload.heads.items():
@@ -383,6 +384,9 @@ class Client:
                         **self._stamp(now),
                     )
                 )
+        # A group that came while this ran has no head in it.
+        unknown = any(log.wants_anchor and log.digest is None for log in self.logs.values())
+        return self.sync(now) if unknown else []
 
     # --- time --------------------------------------------------------------------------------------------------------
 

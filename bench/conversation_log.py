@@ -40,6 +40,7 @@ class ConversationLog:
         "hole_since",
         "last_id",
         "unconfirmed",
+        "wants_anchor",
     )
 
     def __init__(self) -> None:
@@ -53,6 +54,8 @@ class ConversationLog:
         self.asked_at: float | None = None
         self.digest: bytes | None = None
         self.digests: dict[int, bytes] = {}
+        self.wants_anchor = False
+        """The digest is unknown and the server has not been asked for one yet."""
         self._unfolded: dict[int, Held] = {}
         """The newest messages while the digest is unknown: a head may be stated for a sequence already passed."""
 
@@ -60,6 +63,7 @@ class ConversationLog:
         """The view begins at `first`; only from 1 on is the digest before it known."""
         self.cursor = first - 1
         self.digest = NO_DIGEST if first == 1 else None
+        self.wants_anchor = first > 1
         for sequence in [sequence for sequence in self.ahead if sequence < first]:
             del self.ahead[sequence]
 
@@ -79,6 +83,7 @@ class ConversationLog:
             elif cursor < accounted:
                 cursor += 1
                 self.digest = None
+                self.wants_anchor = True
             else:
                 break
         self.cursor = cursor

@@ -228,6 +228,12 @@ def test_a_head_stated_for_a_sequence_already_passed_still_anchors(play: Play) -
     assert play.client.proven == {CONVERSATION}
 
 
+def test_a_group_that_came_during_the_first_sync_is_asked_about_once(play: Play) -> None:
+    play.give(*others(5, 6))
+    assert [type(frame) for frame in play.give(sync_complete(0, digest_of()))] == [frames.Sync]
+    assert play.give(sync_complete(0, digest_of())) == []
+
+
 def test_reading_names_the_last_message_held(play: Play) -> None:
     assert play.client.read(CONVERSATION, play.now, 5) == []
     play.give(*others(1, 4))
