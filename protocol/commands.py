@@ -15,6 +15,30 @@ class Send(msgspec.Struct, frozen=True, gc=False):
 
     frame: frames.ServerFrame
 
+    @staticmethod
+    def error(
+        code: ErrorCode,
+        message: str,
+        *,
+        client_message_id: str | None = None,
+        idempotency_key: str | None = None,
+        conversation_id: str | None = None,
+        retry_after_ms: int | None = None,
+        in_reply_to: str | None = None,
+    ) -> Send:
+        """An `error` frame with the table's `retryable` and only the fields that are known."""
+        return Send(
+            frames.error_frame(
+                code,
+                message,
+                client_message_id=client_message_id,
+                idempotency_key=idempotency_key,
+                conversation_id=conversation_id,
+                retry_after_ms=retry_after_ms,
+                in_reply_to=in_reply_to,
+            )
+        )
+
 
 class SendEncoded(msgspec.Struct, frozen=True, gc=False):
     """Write a worker's JSON frame (transcoded for a MessagePack connection)."""
@@ -66,27 +90,3 @@ class Close(msgspec.Struct, frozen=True, gc=False):
 Command = Send | SendEncoded | Ping | Verify | Attach | Publish | Acknowledge | Ask | Close
 
 PING: Final = Ping()
-
-
-def send_error(
-    code: ErrorCode,
-    message: str,
-    *,
-    client_message_id: str | None = None,
-    idempotency_key: str | None = None,
-    conversation_id: str | None = None,
-    retry_after_ms: int | None = None,
-    in_reply_to: str | None = None,
-) -> Send:
-    """An `error` frame with the table's `retryable` and only the fields that are known."""
-    return Send(
-        frames.error_frame(
-            code,
-            message,
-            client_message_id=client_message_id,
-            idempotency_key=idempotency_key,
-            conversation_id=conversation_id,
-            retry_after_ms=retry_after_ms,
-            in_reply_to=in_reply_to,
-        )
-    )

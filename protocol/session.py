@@ -18,42 +18,12 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from protocol import frames, records
-from protocol.commands import (
-    PING,
-    Acknowledge,
-    Ask,
-    Attach,
-    Close,
-    Command,
-    Ping,
-    Publish,
-    Send,
-    SendEncoded,
-    Verify,
-    send_error,
-)
+from protocol.commands import PING, Acknowledge, Ask, Attach, Close, Command, Publish, Send, SendEncoded, Verify
 from protocol.errors import AuthErrorCode, CloseCode, ErrorCode, LocalProtocolError, RemoteProtocolError
 from protocol.limits import Limits, TokenBucket, check_message
 
 if TYPE_CHECKING:
     from protocol.models import MessagePayload
-
-__all__ = [
-    "PING",
-    "TRANSITIONS",
-    "Acknowledge",
-    "Ask",
-    "Attach",
-    "Close",
-    "Command",
-    "Ping",
-    "Publish",
-    "Send",
-    "SendEncoded",
-    "Session",
-    "State",
-    "Verify",
-]
 
 
 class State(Enum):
@@ -178,9 +148,9 @@ class Session:
             self._bad_since, self._bad_count = now, 0
         self._bad_count += 1
         if self._bad_count > self._limits.protocol_errors:
-            return self._close(CloseCode.BAD_FRAME)
+            return self.close(CloseCode.BAD_FRAME)
         return [
-            send_error(
+            Send.error(
                 error.code,
                 error.message,
                 client_message_id=error.client_message_id,
@@ -199,9 +169,9 @@ class Session:
         if refusal is not None:
             code, reason, retry_after_ms = refusal
             if code is ErrorCode.RATE_LIMITED and self._too_many_rate_errors(now):
-                return self._close(CloseCode.RATE)
+                return self.close(CloseCode.RATE)
             return [
-                send_error(
+                Send.error(
                     code,
                     reason,
                     client_message_id=frame.client_message_id,
@@ -263,7 +233,7 @@ class Session:
     def _on_retransmit(self, frame: frames.Retransmit, now: float, wall_ms: int) -> list[Command]:
         if frame.to_sequence < frame.from_sequence:
             return [
-                send_error(
+                Send.error(
                     ErrorCode.VALIDATION_FAILED,
                     "to_sequence is before from_sequence",
                     conversation_id=frame.conversation_id,
@@ -313,9 +283,9 @@ class Session:
         wait = self._lookups.take(now)
         if wait > 0.0:
             if self._too_many_rate_errors(now):
-                return self._close(CloseCode.RATE)
+                return self.close(CloseCode.RATE)
             return [
-                send_error(
+                Send.error(
                     ErrorCode.RATE_LIMITED,
                     f"too many {tag} requests",
                     conversation_id=conversation_id,
@@ -326,7 +296,7 @@ class Session:
         return [Ask(query)]
 
     def _on_goodbye(self, frame: frames.Goodbye, now: float, wall_ms: int) -> list[Command]:
-        return self._close(CloseCode.NORMAL)
+        return self.close(CloseCode.NORMAL)
 
     # --- admission ---------------------------------------------------------------------------------------------------
 
@@ -346,8 +316,8 @@ class Session:
         if self.state is State.LIVE:
             if user_id != self.user_id or device_id != self.device_id:
                 return [
-                    send_error(ErrorCode.FORBIDDEN, "this connection belongs to another user or device"),
-                    *self._close(CloseCode.AUTH),
+                    Send.error(ErrorCode.FORBIDDEN, "this connection belongs to another user or device"),
+                    *self.close(CloseCode.AUTH),
                 ]
             asked = self._resume or dict(self.cursors or {})
             self._start_sync(asked, is_rewind=bool(self._resume), reply_auth=True, now=now)
@@ -525,7 +495,7 @@ class Session:
             return []
         self.outcome(idempotency_key)
         return [
-            send_error(
+            Send.error(
                 code,
                 "not stored; send the same key again",
                 client_message_id=pending[1] or None,
@@ -540,11 +510,7 @@ class Session:
         """The same user and device connected again: the newest wins."""
         if self.state is State.CLOSED:
             return []
-        return [send_error(ErrorCode.REPLACED, "this device connected again"), *self._close(CloseCode.REPLACED)]
-
-    def close(self, code: CloseCode) -> list[Command]:
-        """The server ends this connection (drain, slow consumer)."""
-        return self._close(code)
+        return [Send.error(ErrorCode.REPLACED, "this device connected again"), *self.close(CloseCode.REPLACED)]
 
     def closed(self) -> None:
         """The socket is gone."""
@@ -560,7 +526,7 @@ class Session:
                 return self._shut(AuthErrorCode.AUTH_REQUIRED, CloseCode.AUTH_TIMEOUT)
             return []
         if now - self.heard_at >= self._limits.dead_seconds:
-            return self._close(CloseCode.AUTH_TIMEOUT)
+            return self.close(CloseCode.AUTH_TIMEOUT)
         if now >= self._expires_at:
             return self._shut(AuthErrorCode.EXPIRED_TOKEN, CloseCode.AUTH)
         if state is State.OPENING:
@@ -600,9 +566,10 @@ class Session:
         frame = frames.AuthError(
             error=error, retry_after_ms=msgspec.UNSET if retry_after_ms is None else retry_after_ms
         )
-        return [Send(frame), *self._close(code)]
+        return [Send(frame), *self.close(code)]
 
-    def _close(self, code: CloseCode) -> list[Command]:
+    def close(self, code: CloseCode) -> list[Command]:
+        """End this connection: the client's fault, or the server's need (drain, slow consumer)."""
         if self.state is State.CLOSED:
             return []
         self._enter(State.CLOSED)
