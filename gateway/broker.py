@@ -10,14 +10,13 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-import hiredis
 import msgspec
 import structlog
 import trio
 
 from gateway.receipts import Mark, ReceiptCollector
 from gateway.registry import Attachment, RegistryScripts
-from gateway.wire import Address, ReplyFailed, Wire, WireError, WireFull, pack
+from gateway.wire import Address, ReplyFailed, Wire, WireError, WireFull, is_out_of_memory, pack
 from protocol import keys, records
 from protocol.codec import decode_down, decode_registry, encode_down, encode_record, encode_value
 from protocol.errors import ErrorCode
@@ -433,5 +432,5 @@ def _after(entry_id: bytes) -> bytes:
 
 def _code_of(reply: object) -> ErrorCode:
     """What the client is told when a command failed."""
-    full = isinstance(reply, WireFull) or (isinstance(reply, hiredis.ReplyError) and str(reply).startswith("OOM"))
+    full = isinstance(reply, WireFull) or is_out_of_memory(reply)
     return ErrorCode.OVERLOADED if full else ErrorCode.STORAGE_UNAVAILABLE

@@ -102,6 +102,11 @@ def _wake(waiter: _Waiter, reply: Any) -> None:
         trio.lowlevel.reschedule(task)
 
 
+def is_out_of_memory(reply: object) -> bool:
+    """Did Redis refuse a write because it is full (maxmemory, noeviction)?"""
+    return isinstance(reply, hiredis.ReplyError) and str(reply).startswith("OOM")
+
+
 def pack(*args: str | bytes | int) -> bytes:
     """The bytes of one command."""
     packed: bytes = hiredis.pack_command(args)  # type: ignore[arg-type]  # its stub knows 1-tuples
