@@ -95,6 +95,8 @@ class Phone:
         self._writing = trio.Lock()
         self._wanted = trio.Event()
         self._wanted.set()
+        self._leaving = trio.Event()
+        self._leaving.set()
         self._watchers: list[tuple[Callable[[], bool], trio.Event]] = []
         self._waiting: dict[str, list[Callable[[Settled], None]]] = {}
         self._reader_scope: trio.CancelScope | None = None
@@ -118,8 +120,12 @@ class Phone:
         self._wanted = trio.Event()
         socket = self._socket
         if socket is not None:
-            with trio.move_on_after(WRITE_SECONDS):
-                await socket.aclose()
+            self._leaving = trio.Event()
+            try:
+                with trio.move_on_after(WRITE_SECONDS):
+                    await socket.aclose()
+            finally:
+                self._leaving.set()
 
     async def send_nowait(
         self, conversation_id: str, content: str, *, receiver_id: str = "", reply_to_message_id: str | None = None
@@ -232,6 +238,7 @@ class Phone:
                     await self._read(socket)
                 except ConnectionClosed as error:
                     code = error.reason.code if error.reason is not None else 1006
+                    await self._leaving.wait()  # the close handshake needs the tasks of this nursery
                 finally:
                     self._socket = None
                     self.client.closed(code, trio.current_time())
