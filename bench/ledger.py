@@ -37,17 +37,16 @@ class Violation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Seen:
-    """What one device saw of one conversation. `high`: greatest pushed sequence on this connection; `replay_high`:
-    the same within the backlog that the device asked for by a `sync` on it.
+    """What one device saw of one conversation. `high`: the pushed sequence behind which the next one has to come;
+    `restarted`: the `sync` that has already brought the line back once.
     """
 
-    __slots__ = ("connection", "high", "replay_high", "rewind", "runs")
+    __slots__ = ("connection", "high", "restarted", "runs")
 
     def __init__(self) -> None:
         self.connection = 0
         self.high = 0
-        self.replay_high = 0
-        self.rewind = 0
+        self.restarted = 0
         self.runs = Runs()
 
 
@@ -204,27 +203,28 @@ class Ledger:
             seen.runs.add(sequence)
 
     def _check_order(self, event: journal.Pushed, device: tuple[str, str], seen: _Seen) -> None:
-        """C4: on one connection the messages of one conversation come in sequence order, whatever was asked again."""
+        """C4: on one connection the messages of one conversation come in sequence order.
+
+        A `sync` takes the line back, once, to the cursor it named: pages already on their way come before that.
+        """
         payload = event.payload
-        if payload.origin not in ("live", "backlog", UNSET):
+        if payload.origin not in ("live", "backlog", UNSET) or not payload.messages:
             return
         if seen.connection != event.connection:
             seen.connection = event.connection
             seen.high = 0
         rewind = self._rewinds.get(device, 0)
-        replayed = rewind > 0 and payload.origin == "backlog"
-        if replayed and seen.rewind != rewind:
-            seen.rewind = rewind
-            seen.replay_high = 0
+        first = payload.messages[0].sequence_number
+        if first <= seen.high and payload.origin == "backlog" and seen.restarted < rewind:
+            seen.restarted = rewind
+            seen.high = first - 1
         for message in payload.messages:
             sequence = message.sequence_number
-            high = seen.replay_high if replayed else seen.high
-            if sequence <= high:
-                detail = f"sequence {sequence} came after {high} on connection {event.connection} (C4)"
+            if sequence <= seen.high:
+                when = "within a sync" if rewind else "outside of any sync"
+                detail = f"sequence {sequence} ({payload.origin}) came after {seen.high} {when} (C4)"
                 self._violation("order", payload.conversation_id, event.user_id, detail)
             seen.high = max(seen.high, sequence)
-            if replayed:
-                seen.replay_high = max(high, sequence)
 
     def _on_rewound(self, event: journal.Rewound) -> None:
         self.counts["rewound"] += 1

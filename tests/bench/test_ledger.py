@@ -160,7 +160,10 @@ def synced(user_id: str) -> journal.Event:
 
 
 def test_a_sync_may_bring_again_what_was_live_meanwhile() -> None:
-    again = [rewound(OWNER), pushed(OWNER, LOG[2], LOG[3], origin="backlog"), synced(OWNER)]
+    late = stored(9, FRIEND, "one more")
+    again = [sent(late), acked(late), rewound(OWNER), pushed(OWNER, late, origin="backlog")]
+    again += [pushed(OWNER, LOG[2], LOG[3], origin="backlog"), pushed(OWNER, *LOG[4:], late, origin="backlog")]
+    again += [synced(OWNER)]
     assert judge([*true_run(), *again]) == []
 
 
