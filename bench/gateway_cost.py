@@ -42,6 +42,8 @@ CONTENT_BYTES: Final = 120
 CONNECTIONS: Final = (100, 1000)
 IDLE_CONNECTIONS: Final = 10_000
 WARM_UP_MESSAGES: Final = 3000
+PORTION_MESSAGES: Final = 4000
+"""Taken in during one pause of the worker, which must stay well below its leases' 5 s."""
 PHASE_SECONDS: Final = 180.0
 SETTLE_SECONDS: Final = 0.3
 """From the driver's last answer until what the gateway still had in hand is on its way."""
@@ -128,9 +130,9 @@ def measure_peer(peer: str, messages: int) -> dict[str, Any]:
                 memory = per_connection(before, figures.memory_kib(pid), connections - opened)
             opened = connections
             _echo(driver, connections, WARM_UP_MESSAGES)
-            began = figures.cpu_seconds(pid)
+            began = figures.thread_cpu_seconds(pid)
             answer = _echo(driver, connections, messages)
-            cpu[connections] = per_message(figures.cpu_seconds(pid) - began, messages)
+            cpu[connections] = per_message(figures.thread_cpu_seconds(pid) - began, messages)
             if answer["missing"] or answer["wrong"]:
                 violations.append(f"lost: {peer} echo at {connections}: {answer}")
     return {"cpu_us_per_message": cpu, "kib_per_connection": memory, "violations": violations}
@@ -195,9 +197,12 @@ def _ready_gateway(transport: str, connections: int) -> Iterator[tuple[Stack, Dr
 
 
 def _cost(driver: DriverProcess, stack: Stack, pid: int, connections: int, messages: int) -> float:
-    """Microseconds of gateway CPU per accepted message, after a warm-up."""
-    _accept(driver, stack, pid, max(WARM_UP_MESSAGES, connections))
-    return per_message(_accept(driver, stack, pid, messages), messages)
+    """Microseconds of gateway CPU per accepted message, after a warm-up; in portions, with the worker on in between."""
+    portion = max(PORTION_MESSAGES, connections)
+    portions = max(1, messages // portion)
+    _accept(driver, stack, pid, portion)
+    used = sum(_accept(driver, stack, pid, portion) for _ in range(portions))
+    return per_message(used, portion * portions)
 
 
 def _connect(driver: DriverProcess, stack: Stack, community: Community, first: int, end: int) -> None:
@@ -229,10 +234,10 @@ def _connect(driver: DriverProcess, stack: Stack, community: Community, first: i
 def _accept(driver: DriverProcess, stack: Stack, pid: int, messages: int) -> float:
     """CPU seconds of the gateway for so many messages taken in with the worker paused; then the worker catches up."""
     with _paused(stack.pids["worker"]):
-        began = figures.cpu_seconds(pid)
+        began = figures.thread_cpu_seconds(pid)
         answer = driver.command(Rounds(messages=messages, timeout_seconds=PAUSE_LIMIT_SECONDS), PAUSE_LIMIT_SECONDS)
         time.sleep(SETTLE_SECONDS)
-        used = figures.cpu_seconds(pid) - began
+        used = figures.thread_cpu_seconds(pid) - began
     if not answer["finished"]:
         raise SetupError(f"the gateway did not take {messages} messages in {PAUSE_LIMIT_SECONDS:.0f} s: {answer}")
     settled = driver.command(Settle(timeout_seconds=CATCH_UP_SECONDS), CATCH_UP_SECONDS)

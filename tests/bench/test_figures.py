@@ -48,6 +48,18 @@ def test_cpu_of_a_busy_child_is_seen_and_of_a_sleeping_one_is_not() -> None:
             child.wait()
 
 
+def test_both_ways_of_counting_cpu_agree() -> None:
+    busy = subprocess.Popen((sys.executable, "-c", "while True: pass"))
+    try:
+        time.sleep(0.6)
+        exact, ticks = figures.thread_cpu_seconds(busy.pid), figures.cpu_seconds(busy.pid)
+        assert exact > 0.1
+        assert abs(exact - ticks) < 0.1
+    finally:
+        busy.kill()
+        busy.wait()
+
+
 def test_work_of_processes_outside_the_roles_is_shown() -> None:
     stranger = subprocess.Popen((sys.executable, "-c", "while True: pass"))
     idle = subprocess.Popen((sys.executable, "-c", "import time; time.sleep(60)"))
