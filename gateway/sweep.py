@@ -58,8 +58,9 @@ class HeadSweep:
         if self._second == 0:
             self._round = list(self._users)
         chunks = -(-len(self._round) // HEADS_CHUNK)
-        first = self._second * chunks // HEADS_PERIOD_SECONDS
-        last = (self._second + 1) * chunks // HEADS_PERIOD_SECONDS
+        # Rounded up, so that the only chunk of a small gateway goes with the users of this second, not of nine ago.
+        first = -(-self._second * chunks // HEADS_PERIOD_SECONDS)
+        last = -(-(self._second + 1) * chunks // HEADS_PERIOD_SECONDS)
         self._second = (self._second + 1) % HEADS_PERIOD_SECONDS
         for chunk in range(first, last):
             user_ids = self._round[chunk * HEADS_CHUNK : (chunk + 1) * HEADS_CHUNK]

@@ -34,7 +34,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """From a good token to the answer of a worker."""
     ack_timeout_seconds: float = 10.0
     ask_timeout_seconds: float = 5.0
-    """A page not answered by then is asked again."""
+    """A page, or where a user stands, not answered by then is asked again."""
     heartbeat_seconds: float = 30.0
     """Silence after which the server pings; also told to the client."""
     dead_seconds: float = 60.0

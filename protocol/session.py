@@ -241,12 +241,7 @@ class Session:
                 )
             ]
         query = records.RangeQuery(
-            self.instance,
-            self.connection,
-            self.user_id,
-            frame.conversation_id,
-            frame.from_sequence,
-            frame.to_sequence,
+            self.instance, self.connection, self.user_id, frame.conversation_id, frame.from_sequence, frame.to_sequence
         )
         return self._look_up(query, frame.conversation_id, "retransmit", now)
 
@@ -275,6 +270,7 @@ class Session:
             reply_auth = reply_auth or running.reply_auth
         self._sync = _Sync(asked, is_rewind, reply_auth)
         self._deadline = now + self._limits.open_timeout_seconds
+        self._asked_at = now
 
     def _look_up(self, query: records.Query, conversation_id: str | None, tag: str, now: float) -> list[Command]:
         if self._lookups is None:
@@ -519,12 +515,10 @@ class Session:
     def tick(self, now: float, wall_ms: int) -> list[Command]:
         """Whatever is due by now. Called when `deadline` has passed, or at any time."""
         state = self.state
-        if state is State.CLOSED:
+        if state is State.CLOSED or (state is State.AWAITING_AUTH and now < self._deadline):
             return []
         if state is State.AWAITING_AUTH:
-            if now >= self._deadline:
-                return self._shut(AuthErrorCode.AUTH_REQUIRED, CloseCode.AUTH_TIMEOUT)
-            return []
+            return self._shut(AuthErrorCode.AUTH_REQUIRED, CloseCode.AUTH_TIMEOUT)
         if now - self.heard_at >= self._limits.dead_seconds:
             return self.close(CloseCode.AUTH_TIMEOUT)
         if now >= self._expires_at:
@@ -532,6 +526,9 @@ class Session:
         if state is State.OPENING:
             if now >= self._deadline:
                 return self._shut(AuthErrorCode.SERVER_BUSY, CloseCode.OVERLOADED, 2000)
+            if self._sync is not None and now - self._asked_at >= self._limits.ask_timeout_seconds:
+                self._asked_at = now
+                return [Ask(self._open_query(self._sync.asked))]
             return []
         commands: list[Command] = []
         if now - self.heard_at >= self._limits.heartbeat_seconds and now >= self._ping_at:
@@ -550,8 +547,10 @@ class Session:
 
     def deadline(self, now: float) -> float:
         """When `tick` is next needed, at the latest; may be early, never late by more than the shell's timer step."""
-        if self.state is State.AWAITING_AUTH or self.state is State.OPENING:
+        if self.state is State.AWAITING_AUTH:
             return self._deadline
+        if self.state is State.OPENING:
+            return min(self._deadline, self._asked_at + self._limits.ask_timeout_seconds)
         if self.in_flight or self._asking is not None or self._sync is not None:
             return now + 1.0
         return min(

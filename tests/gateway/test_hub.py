@@ -360,7 +360,7 @@ def heads_answer(head: int) -> records.HeadsAnswer:
 def test_c8_a_push_that_vanished_is_repaired_by_the_sweep(house: House) -> None:
     """The whole repair, without the client doing anything: asked within 10 s, believed after 2 s, paged at once."""
     _, _ = house.open(heads={"conv_1": 3})
-    house.pass_time(10)
+    house.pass_time(1)
     assert house.broker.take("ask") == [records.HeadsQuery("gw_test", ["usr_a"])]
     house.hub.route([heads_answer(4)])
     house.pass_time(1)
@@ -373,6 +373,8 @@ def test_c8_a_push_that_vanished_is_repaired_by_the_sweep(house: House) -> None:
 
 def test_a_push_that_was_only_on_its_way_is_no_suspect(house: House) -> None:
     _, transport = house.open(heads={"conv_1": 3})
+    house.pass_time(1)
+    assert len(house.broker.take("ask")) == 1
     house.hub.route([heads_answer(4)])
     house.hub.route([delivery(["usr_a"], 4)])
     house.pass_time(4)

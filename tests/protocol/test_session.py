@@ -413,9 +413,12 @@ def test_w40_no_auth_within_ten_seconds() -> None:
     assert session.tick(10.0, WALL_MS) == auth_refusal(AuthErrorCode.AUTH_REQUIRED, CloseCode.AUTH_TIMEOUT)
 
 
-def test_no_answer_to_the_open_query_is_server_busy() -> None:
+def test_the_open_query_is_asked_again_and_then_the_server_is_busy() -> None:
     session = opening_session()
-    assert session.deadline(0.0) == 10.0
+    assert session.deadline(0.0) == 5.0
+    assert session.tick(4.9, WALL_MS) == []
+    assert session.tick(5.0, WALL_MS) == [Ask(open_query({}))]
+    assert session.deadline(5.0) == 10.0
     assert session.tick(9.9, WALL_MS) == []
     assert session.tick(10.0, WALL_MS) == auth_refusal(AuthErrorCode.SERVER_BUSY, CloseCode.OVERLOADED, 2000)
 
