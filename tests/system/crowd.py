@@ -16,7 +16,7 @@ from protocol import codec, frames
 from protocol.models import MessagePayload, MessageType
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable
+    from collections.abc import AsyncIterator, Callable, Iterable
 
     from protocol.codec import FrameCodec
     from tests.system.house import House
@@ -111,6 +111,15 @@ async def crowd(house: House, *, judged: bool = True) -> AsyncIterator[Crowd]:
         if judged:
             people.check()
         nursery.cancel_scope.cancel()
+
+
+async def eventually(condition: Callable[[], bool], what: str, seconds: float = 20.0) -> None:
+    """Poll until the condition holds, while the phones go on."""
+    with trio.move_on_after(seconds):
+        while not condition():  # noqa: ASYNC110 - it happens in another process
+            await trio.sleep(0.05)
+        return
+    raise AssertionError(f"{what}: not within {seconds} s")
 
 
 class Talker:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 import trio
 from msgspec import UNSET
 
 from protocol import frames
-from tests.system.crowd import PATIENCE_SECONDS, auth, crowd, message, talker
-from tests.system.house import House, wait_until
+from tests.system.crowd import PATIENCE_SECONDS, auth, crowd, eventually, message, talker
+
+if TYPE_CHECKING:
+    from tests.system.house import House
 
 pytestmark = [pytest.mark.trio, pytest.mark.slow]
 
@@ -217,4 +221,4 @@ async def test_c6_receipts_only_move_forward(house: House) -> None:
                 membership = database["memberships"].find_one({"_id": f"{conversation_id}:{user_b}"})
             return membership["delivered_seq"], membership["read_seq"]
 
-        await trio.to_thread.run_sync(wait_until, lambda: stored() == (3, 3), "watermarks")
+        await eventually(lambda: stored() == (3, 3), "watermarks")

@@ -10,8 +10,8 @@ import trio
 
 from bench.services import HOST
 from protocol import codec, frames, keys
-from tests.system.crowd import PATIENCE_SECONDS, Crowd, crowd, message, talker
-from tests.system.house import STUCK_SECONDS, House, wait_until
+from tests.system.crowd import PATIENCE_SECONDS, Crowd, crowd, eventually, message, talker
+from tests.system.house import STUCK_SECONDS, House
 
 if TYPE_CHECKING:
     from bench.phone import Phone
@@ -192,7 +192,7 @@ async def test_c8_a_push_that_vanished_is_repaired_without_the_client_doing_anyt
                 try:
                     # The first wakes the read that is waiting; the others are nowhere but in the stream.
                     await chat(sender, conversation_id, 3)
-                    wait_until(lambda: client.xlen(down) >= 2, "pushes")
+                    await eventually(lambda: client.xlen(down) >= 2, "pushes")
                     client.xtrim(down, maxlen=0, approximate=False)
                 finally:
                     house.resume("epoll")

@@ -27,7 +27,7 @@ async def outcome(
     with trio.fail_after(seconds):
         while True:
             frame = await talk.receive(seconds)
-            if isinstance(frame, (frames.MessageAck, frames.Error)):
+            if isinstance(frame, (frames.MessageAck, frames.Error)) and frame.payload.idempotency_key == key:
                 return frame
 
 
