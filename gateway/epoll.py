@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
     from protocol.errors import CloseCode
 
+_GATHER_SECONDS: Final = 0.001
+"""Between the starts of two turns of a busy reactor; an idle one turns at once. Waking up costs three tasks about
+60 us, however few messages there are to handle."""
 _OUT_OF_RESOURCES: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 
 
@@ -57,9 +60,15 @@ class EpollServer(TransportServer):
             self._resume_accepting()
             task_status.started()
             try:
+                turned_at = 0.0
                 while True:
                     await trio.lowlevel.wait_readable(epoll.fileno())
-                    self._turn(reactor, trio.current_time())
+                    now = trio.current_time()
+                    if now - turned_at < _GATHER_SECONDS:
+                        await trio.sleep_until(turned_at + _GATHER_SECONDS)
+                        now = trio.current_time()
+                    self._turn(reactor, now)
+                    turned_at = now
             finally:
                 self.stop_accepting()
                 for connection in list(reactor.connections.values()):

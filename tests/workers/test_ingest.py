@@ -624,3 +624,27 @@ async def test_a_burst_from_several_senders_travels_as_one_frame(yard: Yard) -> 
         (delivery,) = await yard.next_down(records.Delivery, 1)
     assert (delivery.from_sequence, delivery.to_sequence, delivery.skip) == (1, 10, 0)
     assert [m.sequence_number for m in shown(delivery.frame).messages] == list(range(1, 11))
+
+
+async def test_nothing_is_committed_behind_a_removal_before_memberships_show_it(
+    yard: Yard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the removed member could page one message too far."""
+    append = yard.store.messages.append
+    ends: list[str] = []
+
+    async def note_the_end(documents: Any) -> None:
+        ends.append(documents[-1]["type"])
+        await append(documents)
+
+    async with run_lane(yard):
+        group = await yard.create("ann", "bob", kind=ConversationType.GROUP)
+        await yard.next_down(records.CommandOutcome, 1)
+    monkeypatch.setattr(yard.store.messages, "append", note_the_end)
+    await yard.send(group, "ann", "k1")
+    await yard.remove(group, "ann", "bob")
+    await yard.send(group, "ann", "k2")
+    async with run_lane(yard):
+        acks = await yard.acks(2)
+    assert [ack["payload"]["sequence_number"] for ack in acks] == [2, 4]
+    assert ends == ["system", "text"]
