@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 WARM_UP_MESSAGES: Final = 2000
 """Sent before anything is timed, so that caches, connections and indexes are those of a running system."""
+WARM_UP_SECONDS: Final = 30.0
 LATENCY_SECONDS: Final = 10.0
 """The paced run lasts about so long, within the number of messages asked for."""
 PHASE_SECONDS: Final = 180.0
@@ -99,9 +100,10 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 def _direct(args: argparse.Namespace, stack: Stack, driver: DriverProcess) -> dict[str, Any]:
     community = create_community(stack.rest_url, stack.admin_token, ConversationType.ONE_TO_ONE, [2] * args.pairs)
     problems = connect_all(args, stack, driver, community, senders=2 if args.both else 1)
+    if not problems:
+        problems = warm_up(driver, args.window)
     if problems:
         return {"verdict": problems}
-    warm_up(driver, args.window)
     found, rate = saturate(args, stack, driver)
     if args.latency_run and found["verdict"] == "ok":
         found |= _latency(args, stack, driver, args.rate or rate / 2)
@@ -140,9 +142,11 @@ def connect_all(
     return [f"refused: {answer['connected']} of {len(members)} connections opened", *checked["violations"]]
 
 
-def warm_up(driver: DriverProcess, window: int) -> None:
-    """Load that is not timed (but checked with the rest)."""
-    driver.command(Closed(messages=WARM_UP_MESSAGES, window=window, timeout_seconds=PHASE_SECONDS), PHASE_SECONDS)
+def warm_up(driver: DriverProcess, window: int) -> list[str]:
+    """Load that is not timed, but checked. Returns what went wrong."""
+    command = Closed(messages=WARM_UP_MESSAGES, window=window, timeout_seconds=WARM_UP_SECONDS)
+    found = verdict(driver, driver.command(command, WARM_UP_SECONDS))
+    return [] if isinstance(found, str) else found
 
 
 def saturate(args: argparse.Namespace, stack: Stack, driver: DriverProcess) -> tuple[dict[str, Any], float]:
