@@ -27,7 +27,7 @@ from workers.store.messages import DocumentRefused, Found, Key, KeyTaken, Sequen
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from workers.conversations import Conversations
+    from workers.conversations import Conversations, Owned
     from workers.store import Store
 
 FIRST_BACKOFF_SECONDS = 0.1
@@ -137,13 +137,24 @@ class Committer:
             message = item.message
             sequence, countable = message.sequence_number, document["countable"]
             owned = self._conversations.get(message.conversation_id)
-            if owned is not None and (member := owned.sent(message.sender_id, sequence, countable)) is not None:
-                self._conversations.lazy[owned.conversation_id, member.user_id] = member
+            if owned is not None:
+                self._note_own(owned, message.sender_id, sequence, countable)
             self._recent_places.put(document["_id"], Place(message.conversation_id, sequence, countable))
         self._planner.remember(plan)
         if plan.documents:
             metrics.INGESTED.labels("committed").inc(len(plan.documents))
             metrics.BATCH_MESSAGES.observe(len(plan.documents))
+
+    def _note_own(self, owned: Owned, sender_id: str, sequence: int, countable: int) -> None:
+        sender = owned.members.get(sender_id)
+        if sender is None:
+            return
+        reads_others = sender.read < sequence - 1
+        if owned.sent(sender_id, sequence, countable) is not None:
+            key = (owned.conversation_id, sender_id)
+            self._conversations.lazy[key] = sender
+            if reads_others:
+                self._conversations.replied.add(key)
 
     async def bury(self, entry: Entry, reason: str, now_ms: int) -> tuple[str, records.DownItem]:
         """A message the store refuses for its own reason becomes a dead letter; returns what its sender is told."""

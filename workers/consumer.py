@@ -149,6 +149,8 @@ class Lane:
                 await self._start_over()
             except (BrokerUnavailable, StoreUnavailable) as error:
                 log.warning("lane_waits", error=str(error)[:200])
+                # Redis may have made entries pending whose reply was lost: look among them before reading on.
+                self._new_shards = list(self._logs)
                 await anyio.sleep(backoff)
                 backoff = min(backoff * 2, LONGEST_BACKOFF_SECONDS)
 
@@ -185,7 +187,7 @@ class Lane:
     async def _take(self, entries: Sequence[StreamEntry], redelivered: bool) -> None:
         for entry in entries:
             shard_log = self._logs.get(entry.shard)
-            if shard_log is None:
+            if shard_log is None or entry.entry_id in shard_log.outstanding:
                 continue
             shard_log.outstanding[entry.entry_id] = None
             if entry.payload is None:

@@ -8,7 +8,8 @@ the truth.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections import deque
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 import structlog
@@ -21,13 +22,16 @@ from workers.store.marks import Mark
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+OWN_SENDS = 256
+"""Own messages remembered while the delivered mark is behind them; with more, the next delivery_ack moves it."""
+
 log = structlog.get_logger()
 
 
 class Member:
     """A live member with its watermarks; `devices` holds only cursors that moved here and are not flushed."""
 
-    __slots__ = ("delivered", "devices", "join_seq", "read", "read_countable", "role", "user_id")
+    __slots__ = ("delivered", "devices", "join_seq", "own", "read", "read_countable", "role", "user_id")
 
     def __init__(self, membership: Membership) -> None:
         self.user_id = membership.user_id
@@ -37,6 +41,18 @@ class Member:
         self.read = membership.read_seq
         self.read_countable = membership.read_countable
         self.devices: dict[str, int] = {}
+        self.own: deque[int] = deque(maxlen=OWN_SENDS)
+        """Own messages above the delivered mark: who wrote a message has it, once it has what came before."""
+
+    def reach(self, sequence: int) -> bool:
+        """A device of this member holds everything up to `sequence`: raise the delivered mark, over own messages that
+        follow directly. True where it moved."""
+        if sequence <= self.delivered:
+            return False
+        self.delivered = sequence
+        while self.own and self.own[0] <= self.delivered + 1:
+            self.delivered = max(self.delivered, self.own.popleft())
+        return True
 
     def mark(self, conversation_id: str) -> Mark:
         """What the next flush writes for this member; forgets the moved cursors."""
@@ -77,14 +93,45 @@ class Projection:
         await store.apply(owned.conversation_id, owned.membership_seq, owned.roster, stays, ended, self.roles.items())
 
 
+class Low(NamedTuple):
+    """The lowest of the members' marks, whose it is, and the next one up: so that an author's own mark can be left
+    out.
+    """
+
+    mark: int
+    user_id: str
+    others: int
+
+    def without(self, user_id: str) -> int:
+        """What all but this member have reached."""
+        return self.others if user_id == self.user_id else self.mark
+
+
+class GroupMarks(NamedTuple):
+    """What everybody in a group has stored and read."""
+
+    delivered: Low
+    read: Low
+
+    def for_author(self, user_id: str) -> tuple[int, int]:
+        """(delivered, read) through which all others have come."""
+        return self.delivered.without(user_id), self.read.without(user_id)
+
+
+def _low(marks: list[tuple[int, str]]) -> Low:
+    if not marks:
+        return Low(0, "", 0)
+    mark, user_id = min(marks)
+    return Low(mark, user_id, min((other for other, name in marks if name != user_id), default=mark))
+
+
 class Owned:
     """One conversation in its owner's memory. `last`, `digest`, `countable`, `created_ms`: its head as planned, then
     committed.
     """
 
     __slots__ = (
-        "announced_delivered",
-        "announced_read",
+        "announced",
         "conversation",
         "conversation_id",
         "countable",
@@ -116,8 +163,8 @@ class Owned:
         self.created_ms = int(created_at.timestamp() * 1000) if created_at else 0
         self.inboxed: dict[str, list[tuple[int, str]]] = {}
         """User → (sequence, message id) put into the inbox here and not yet delivered."""
-        self.announced_delivered = self.announced_read = 0
-        self.announce_marks()
+        self.announced = self.group_marks()
+        """What the authors of a group have been told."""
 
     @property
     def is_group(self) -> bool:
@@ -129,17 +176,13 @@ class Owned:
             return self.conversation_id
         return next((user_id for user_id in self.roster if user_id != sender_id), sender_id)
 
-    def announce_marks(self) -> tuple[int, int] | None:
-        """(delivered, read) that all members have reached, where either moved since last asked."""
-        if not self.members:
-            return None
-        delivered = min(member.delivered for member in self.members.values())
-        read = min(member.read for member in self.members.values())
-        if delivered <= self.announced_delivered and read <= self.announced_read:
-            return None
-        self.announced_delivered = max(delivered, self.announced_delivered)
-        self.announced_read = max(read, self.announced_read)
-        return self.announced_delivered, self.announced_read
+    def group_marks(self) -> GroupMarks:
+        """What everybody has reached now."""
+        members = self.members.values()
+        return GroupMarks(
+            _low([(member.delivered, member.user_id) for member in members]),
+            _low([(member.read, member.user_id) for member in members]),
+        )
 
     def fold_event(self, event: SystemEvent, sequence: int) -> list[Membership]:
         """Apply one system message to the members; returns the stays it began."""
@@ -169,13 +212,18 @@ class Owned:
         self.roster = tuple(self.members)
 
     def sent(self, sender_id: str, sequence: int, countable: int) -> Member | None:
-        """A member's own message at `sequence` is committed: its own marks stand there at least."""
+        """A member's own message at `sequence` is committed: it has read everything up to there. Returns it where its
+        marks moved. Only a delivery_ack makes others' messages delivered, so that mark follows own messages, no
+        more."""
         member = self.members.get(sender_id)
         if member is None or member.read >= sequence:
             return None
         member.read = sequence
         member.read_countable = countable
-        member.delivered = max(member.delivered, sequence)
+        if member.delivered >= sequence - 1:
+            member.reach(sequence)
+        else:
+            member.own.append(sequence)
         return member
 
 
@@ -187,6 +235,8 @@ class Conversations:
         self._owned: dict[str, Owned] = {}
         self.dirty: dict[tuple[str, str], Member] = {}
         """(conversation, user) → member whose receipts moved its marks since the last flush."""
+        self.replied: set[tuple[str, str]] = set()
+        """(conversation, user) whose own send read others' messages: their authors are told with the next receipts."""
         self.lazy: dict[tuple[str, str], Member] = {}
         """The same for marks that own sends moved: the log can rebuild them, so they wait for the slower flush."""
 

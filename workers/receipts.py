@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import msgspec
+
 from protocol import codec, frames, keys, records
 from protocol.watermarks import unread
 from workers import metrics
@@ -88,7 +90,7 @@ class Receipts:
     @property
     def waiting(self) -> bool:
         """Is there anything to resolve or tell?"""
-        return bool(self._unresolved or self._moved)
+        return bool(self._unresolved or self._moved or self._conversations.replied)
 
     def receive(self, record: records.Receipts) -> None:
         """Raise the marks this record names; what is not in memory waits for `resolve`. Never awaits."""
@@ -131,8 +133,7 @@ class Receipts:
         if sequence > member.devices.get(device_id, 0):
             member.devices[device_id] = sequence
             self._conversations.dirty[key] = member
-        if sequence > member.delivered:
-            member.delivered = sequence
+        if member.reach(sequence):
             self._moved.setdefault(key, _Moved()).delivered = True
             self._leave_inbox(owned, user_id, sequence)
 
@@ -187,6 +188,9 @@ class Receipts:
         """Add `receipt_update` frames for the authors concerned, and badges for the reader's other devices. Raises
         BrokerUnavailable.
         """
+        replied, self._conversations.replied = self._conversations.replied, set()
+        for key in replied:
+            self._moved.setdefault(key, _Moved()).read = True
         moved, self._moved = self._moved, {}
         try:
             notices: list[tuple[Sequence[str], bytes]] = []
@@ -198,7 +202,9 @@ class Receipts:
                 if owned.is_group:
                     groups[conversation_id] = user_id
                 else:
-                    notices.append(_direct_update(owned, owned.members[user_id], what, now_ms))
+                    member = owned.members[user_id]
+                    authors = [other for other in owned.roster if other != user_id]
+                    notices.append((authors, _update(owned, user_id, member.delivered, member.read, now_ms)))
                 if what.read and await self._courier.devices(user_id) > 1:
                     notices.append(_badge(owned, owned.members[user_id]))
             for conversation_id, user_id in groups.items():
@@ -211,32 +217,22 @@ class Receipts:
         metrics.RECEIPTS.labels("told").inc(len(moved))
 
     async def _group_updates(self, owned: Owned, user_id: str, now_ms: int) -> list[tuple[Sequence[str], bytes]]:
-        before = owned.announced_delivered, owned.announced_read
-        reached = owned.announce_marks()
-        if reached is None:
+        """Each author hears how far all the others have come, where that has changed."""
+        before, marks = owned.announced, owned.group_marks()
+        if marks == before:
             return []
-        delivered, read = reached
-        try:
-            authors = await self._messages.senders(
-                owned.conversation_id, max(min(before), delivered - GROUP_AUTHORS_SPAN), delivered
-            )
-        except BaseException:
-            owned.announced_delivered, owned.announced_read = before
-            raise
-        authors &= owned.members.keys()
-        if not authors:
-            return []
-        frame = frames.ReceiptUpdate(
-            payload=frames.ReceiptUpdatePayload(
-                conversation_id=owned.conversation_id,
-                user_id=user_id,
-                delivered_through=delivered,
-                read_through=read,
-                participant_count=len(owned.members),
-                timestamp=now_ms,
-            )
-        )
-        return [(tuple(authors), codec.JSON.encode(frame))]
+        top = max(marks.delivered.others, marks.read.others)
+        bottom = max(min(before.delivered.mark, before.read.mark), top - GROUP_AUTHORS_SPAN)
+        authors = await self._messages.senders(owned.conversation_id, bottom, top)
+        owned.announced = marks
+        reached: dict[tuple[int, int], list[str]] = {}
+        for author in authors & owned.members.keys():
+            now = marks.for_author(author)
+            if now != before.for_author(author):
+                reached.setdefault(now, []).append(author)
+        return [
+            (users, _update(owned, user_id, delivered, read, now_ms)) for (delivered, read), users in reached.items()
+        ]
 
     async def flush(self, lazy: bool) -> None:
         """Write the dirty marks, majority-journalled. Raises StoreUnavailable, and then everything is dirty again."""
@@ -254,23 +250,17 @@ class Receipts:
             raise
 
 
-def _direct_update(owned: Owned, member: Member, what: _Moved, now_ms: int) -> tuple[Sequence[str], bytes]:
+def _update(owned: Owned, user_id: str, delivered: int, read: int, now_ms: int) -> bytes:
+    """Both marks as they stand; a mark that is still at nothing is left out."""
     payload = frames.ReceiptUpdatePayload(
         conversation_id=owned.conversation_id,
-        user_id=member.user_id,
-        delivered_through=member.delivered,
+        user_id=user_id,
+        delivered_through=delivered or msgspec.UNSET,
+        read_through=read or msgspec.UNSET,
+        participant_count=len(owned.members) if owned.is_group else msgspec.UNSET,
         timestamp=now_ms,
     )
-    if what.read:
-        payload = frames.ReceiptUpdatePayload(
-            conversation_id=owned.conversation_id,
-            user_id=member.user_id,
-            delivered_through=member.delivered,
-            read_through=member.read,
-            timestamp=now_ms,
-        )
-    authors = [user_id for user_id in owned.roster if user_id != member.user_id]
-    return authors, codec.JSON.encode(frames.ReceiptUpdate(payload=payload))
+    return codec.JSON.encode(frames.ReceiptUpdate(payload=payload))
 
 
 def _badge(owned: Owned, member: Member) -> tuple[Sequence[str], bytes]:

@@ -13,6 +13,7 @@ from protocol.errors import ErrorCode
 from protocol.models import ConversationType
 from protocol.watermarks import chain_digest
 from tests.workers.lanes import SHARDS, crashing_lane, open_yard, run_lane, shown
+from workers.broker import BrokerUnavailable
 from workers.store.messages import OutcomeUnknown
 
 if TYPE_CHECKING:
@@ -648,3 +649,51 @@ async def test_nothing_is_committed_behind_a_removal_before_memberships_show_it(
         acks = await yard.acks(2)
     assert [ack["payload"]["sequence_number"] for ack in acks] == [2, 4]
     assert ends == ["system", "text"]
+
+
+async def test_receipts_reach_the_author_when_both_people_send(yard: Yard) -> None:
+    """Own sends moved the delivered mark past the other's message, and its author never heard of its delivery."""
+    await yard.connect("ann", "bob")
+    async with run_lane(yard):
+        conv = await yard.create("ann", "bob")
+        await yard.send(conv, "ann", "k1")
+        (first,) = await yard.acks(1)
+        await yard.send(conv, "bob", "k2")
+        await yard.acks(1)
+        (replied,) = await yard.next_down(records.Notice, 1)
+        before = await yard.store.db["memberships"].find_one({"_id": f"{conv}:bob"})
+        await yard.delivered(first["payload"]["message_id"], "bob")
+        (told,) = await yard.next_down(records.Notice, 1)
+        await eventually(lambda: settled(yard))
+    assert replied.users == ["ann"]
+    assert shown(replied.frame).read_through == 2, "who answers has read what came before"
+    assert before is not None
+    assert before["delivered_seq"] == 0, "only a delivery_ack makes delivered"
+    assert (shown(told.frame).user_id, shown(told.frame).delivered_through) == ("bob", 2)
+
+
+async def test_entries_whose_read_reply_was_lost_are_found_among_the_pending(
+    yard: Yard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Redis had made them pending, nobody had them, and the owner never looked."""
+    read = yard.broker.read_ingest
+    lost = 0
+
+    async def read_and_lose(shards: Any, count: int, block_ms: int) -> Any:
+        nonlocal lost
+        entries = await read(shards, count, block_ms)
+        if entries and lost < 2:
+            lost += len(entries)
+            raise BrokerUnavailable("blocking read got no answer")
+        return entries
+
+    async with run_lane(yard):
+        conv = await yard.create("ann", "bob")
+        await yard.next_down(records.CommandOutcome, 1)
+        monkeypatch.setattr(yard.broker, "read_ingest", read_and_lose)
+        for number in range(5):
+            await yard.send(conv, "ann", f"k{number}")
+        acks = await yard.acks(5)
+        await eventually(lambda: settled(yard))
+    assert lost
+    assert [ack["payload"]["sequence_number"] for ack in acks] == [1, 2, 3, 4, 5]
