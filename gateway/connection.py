@@ -65,8 +65,10 @@ class Connection:
             self.run(session.receive_refused(error, now), now)
         else:
             self.run(session.receive(frame, now, self.hub.wall_ms()), now)
-        if self.due > now + 3.0 and session.deadline(now) < now + 2.0:
-            self.hub.wheel.arm(self, now + 1.0, now)
+        if self.due > now + 3.0:
+            deadline = session.deadline(now)
+            if deadline < self.due - 2.0:
+                self.hub.wheel.arm(self, deadline, now)
 
     def overflowed(self) -> None:
         """See `Link.overflowed`."""
