@@ -152,8 +152,8 @@ class Talker:
         self, user_id: str, token: str, device_id: str = "phone-1", resume: dict[str, int] | None = None
     ) -> frames.AuthSuccess:
         await self.send(auth(user_id, token, device_id, resume))
-        success: frames.AuthSuccess = await self.expect(frames.AuthSuccess)
-        await self.expect(frames.SyncComplete)
+        success: frames.AuthSuccess = await self.expect(frames.AuthSuccess, 20.0)
+        await self.expect(frames.SyncComplete, 20.0)
         return success
 
     async def close_code(self, seconds: float = 10.0) -> int:

@@ -83,6 +83,10 @@ class House:
             if process is not None:
                 process.wait()
 
+    def terminate(self, name: str) -> None:
+        """SIGTERM: drain and end."""
+        os.kill(self.pids[name], signal.SIGTERM)
+
     def pause(self, name: str) -> None:
         os.kill(self.pids[name], signal.SIGSTOP)
 
@@ -93,6 +97,9 @@ class House:
         """Bring killed processes back and wait until those with a health page say they are ready."""
         for name in names:
             program = self._programs[name]
+            before = self._restarted.pop(name, None)
+            if before is not None:
+                before.wait()
             process = spawn(program.arguments, self.log(name), program.environment, Path(program.directory))
             self._restarted[name] = process
             self.pids[name] = process.pid
