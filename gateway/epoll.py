@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from protocol.errors import CloseCode
 
-_GATHER_SECONDS: Final = 0.001
+_GATHER_SECONDS: Final = 0.002
 """Between the starts of two turns of a busy reactor; an idle one turns at once. Waking up costs three tasks about
 60 us, however few messages there are to handle."""
 _OUT_OF_RESOURCES: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 BLOCK_MS: Final = 250
 """How long a read waits: also how long a newly leased shard waits for its first read."""
-READ_SPACING_SECONDS: Final = 0.005
+READ_SPACING_SECONDS: Final = 0.008
 """Between the starts of two reads of a busy lane. An idle lane reads at once; a busy one gathers, because a read, a
 commit and a publish cost about 1.5 ms of CPU over all processes however few entries they carry."""
 QUEUE_BATCHES: Final = 4

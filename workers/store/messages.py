@@ -11,6 +11,7 @@ from collections import defaultdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pymongo import WriteConcern
 from pymongo.errors import BulkWriteError, InvalidOperation, PyMongoError
 
 from protocol.models import MessageStatus
@@ -76,7 +77,8 @@ class MessageStore:
 
     def __init__(self, database: AsyncDatabase[Document]) -> None:
         self._messages = database["messages"]
-        self._keys = database["idempotency_keys"]
+        # A record of what `messages` already says, so nobody waits for a journal on its account.
+        self._keys = database["idempotency_keys"].with_options(write_concern=WriteConcern(1))
         self._dead_letters = database["dead_letter_queue"]
 
     async def append(self, documents: Sequence[Document]) -> None:
