@@ -10,6 +10,7 @@ import httpx2
 import pytest
 
 from bench.services import free_port
+from tests.workers.lanes import Yard
 from tests.workers.seeding import Rest
 from workers import ingest
 from workers.broker import Broker, open_broker
@@ -33,6 +34,14 @@ async def broker(redis_url: str) -> AsyncIterator[Broker]:
     """A broker over an empty Valkey."""
     async with open_broker(redis_url) as opened:
         yield opened
+
+
+@pytest.fixture
+async def yard(store: Store, broker: Broker) -> Yard:
+    """One gateway's view of the stream, for the tests that run lanes."""
+    opened = Yard(store, broker)
+    await opened.open()
+    return opened
 
 
 @pytest.fixture

@@ -10,13 +10,14 @@ import msgspec
 
 from protocol import codec, keys, records
 from protocol.models import ConnectionRegistry, ConversationType, MessageType
-from workers.broker import Broker, open_broker
 from workers.consumer import Lane
 from workers.delivery import Registry
-from workers.store import Store, open_store
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from workers.broker import Broker
+    from workers.store import Store
 
 SHARDS = 4
 INSTANCE = "gw-test"
@@ -144,15 +145,6 @@ class Yard:
 
 
 @asynccontextmanager
-async def open_yard(redis_url: str, mongodb_url: str) -> AsyncIterator[Yard]:
-    """Store, broker and one gateway's down stream."""
-    async with open_store(mongodb_url) as store, open_broker(redis_url) as broker:
-        yard = Yard(store, broker)
-        await yard.open()
-        yield yard
-
-
-@asynccontextmanager
 async def run_lane(yard: Yard, shards: frozenset[int] = frozenset(range(SHARDS))) -> AsyncIterator[Lane]:
     """A lane at work on these shards until the block ends, then stopped cleanly."""
     registry = Registry(yard.broker)
@@ -179,3 +171,18 @@ async def crashing_lane(yard: Yard) -> AsyncIterator[Lane]:
         lane.set_shards(frozenset(range(SHARDS)))
         yield lane
         group.cancel_scope.cancel()
+
+
+async def settled(yard: Yard) -> bool:
+    """Nothing is pending in any shard."""
+    for shard in range(SHARDS):
+        pending = await yard.broker.client.xpending(keys.ingest(shard), keys.INGEST_GROUP)
+        if pending["pending"]:
+            return False
+    return True
+
+
+async def eventually(check: Callable[[], Awaitable[bool]], seconds: float = 5.0) -> None:
+    with anyio.fail_after(seconds):
+        while not await check():  # noqa: ASYNC110 - the servers tell nobody
+            await anyio.sleep(0.05)
