@@ -97,6 +97,9 @@ class Ledger:
         """Devices with a `sync` under way, and which one of the run it is."""
         self._marks: dict[tuple[str, str], int] = {}
         """(conversation, user) → greatest sequence the user confirmed, read or sent."""
+        self._claims: dict[tuple[str, str], int] = {}
+        """(conversation, user) → greatest sequence a receipt ascribed to the user. Judged at the end: whoever sends has
+        read up to there, and others may learn it before the sender's ack has come."""
         self._receipts: dict[tuple[str, str, str, str], tuple[int, int]] = {}
         self._found: list[Violation] = []
         self._handlers = {
@@ -291,10 +294,9 @@ class Ledger:
             detail = f"marks of {payload.user_id} went from {(delivered, read)} to {(now_delivered, now_read)} (C6)"
             self._violation("receipt", payload.conversation_id, event.user_id, detail)
         self._receipts[name] = (max(delivered, now_delivered), max(read, now_read))
-        confirmed = self._marks.get((payload.conversation_id, payload.user_id), 0)
-        if conversation.direct and max(now_delivered, now_read) > confirmed:
-            detail = f"{payload.user_id} is said to have {(now_delivered, now_read)} and confirmed only {confirmed}"
-            self._violation("receipt", payload.conversation_id, event.user_id, detail)
+        if conversation.direct:
+            claim = (payload.conversation_id, payload.user_id)
+            self._claims[claim] = max(self._claims.get(claim, 0), now_delivered, now_read)
 
     def _on_connected(self, event: journal.Connected) -> None:
         self.counts["connections"] += 1
@@ -320,8 +322,13 @@ class Ledger:
 
     def verdict(self) -> list[Violation]:
         """All violations so far and those only the end shows. Empty: ok. Does not change the ledger."""
-        judge = _Judge(self._conversations, self._sends, list(self._found))
-        return judge.judge()
+        found = list(self._found)
+        for (conversation_id, user_id), claimed in self._claims.items():
+            confirmed = self._marks.get((conversation_id, user_id), 0)
+            if claimed > confirmed:
+                detail = f"{user_id} is said to have {claimed} and confirmed only {confirmed}"
+                found.append(Violation(kind="receipt", conversation_id=conversation_id, user_id=user_id, detail=detail))
+        return _Judge(self._conversations, self._sends, found).judge()
 
 
 class _Judge:
