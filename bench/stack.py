@@ -105,16 +105,7 @@ def run_stack(
     with ExitStack() as exits:
         directory = data_dir or Path(exits.enter_context(tempfile.TemporaryDirectory(prefix="trireme-")))
         backing = services or exits.enter_context(run_services(directory / "services"))
-        environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith("TRIREME_")},
-            "PYTHONUNBUFFERED": "1",
-            "TRIREME_ENV": "dev",
-            "TRIREME_REDIS_URL": backing.redis_url,
-            "TRIREME_MONGODB_URL": backing.mongodb_url,
-            "TRIREME_GATEWAY_TRANSPORT": transport,
-            **UNLIMITED,
-            **(settings or {}),
-        }
+        environment = _environment(backing, transport, settings or {})
         processes: list[Process] = []
         exits.callback(_end, processes)
         for number in range(workers):
@@ -122,19 +113,11 @@ def run_stack(
             processes.append(_start("worker", name, ["-m", "workers", *roles], environment, directory, None))
         for number in range(gateways):
             port = free_port()
-            processes.append(
-                _start(
-                    "gateway",
-                    f"gateway-{number + 1}",
-                    ["-m", "gateway"],
-                    {**environment, "TRIREME_GATEWAY_PORT": str(port)},
-                    directory,
-                    port,
-                )
-            )
+            own = {**environment, "TRIREME_GATEWAY_PORT": str(port)}
+            processes.append(_start("gateway", f"gateway-{number + 1}", ["-m", "gateway"], own, directory, port))
         rest_port = free_port()
-        rest_environment = {**environment, "TRIREME_REST_PORT": str(rest_port)}
-        processes.append(_start("rest", "rest", ["-m", "workers", "rest"], rest_environment, directory, rest_port))
+        own = {**environment, "TRIREME_REST_PORT": str(rest_port)}
+        processes.append(_start("rest", "rest", ["-m", "workers", "rest"], own, directory, rest_port))
         wait_ready(processes)
         pids: dict[str, list[int]] = {role: [pid] for role, pid in backing.pids.items()}
         for process in processes:
@@ -153,6 +136,20 @@ def run_stack(
             environment=environment,
             log_dir=directory,
         )
+
+
+def _environment(backing: Services, transport: str, settings: Mapping[str, str]) -> dict[str, str]:
+    """What every process of a stack starts with: nothing of ours is inherited."""
+    return {
+        **{name: value for name, value in os.environ.items() if not name.startswith("TRIREME_")},
+        "PYTHONUNBUFFERED": "1",
+        "TRIREME_ENV": "dev",
+        "TRIREME_REDIS_URL": backing.redis_url,
+        "TRIREME_MONGODB_URL": backing.mongodb_url,
+        "TRIREME_GATEWAY_TRANSPORT": transport,
+        **UNLIMITED,
+        **settings,
+    }
 
 
 def _start(

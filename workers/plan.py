@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 from itertools import count
-from typing import TYPE_CHECKING, Any, assert_never
+from typing import TYPE_CHECKING, Any, NamedTuple, assert_never
 
 import msgspec
 
@@ -65,6 +65,19 @@ class Entry:
         if isinstance(record, records.SendMessage):
             return record.conversation_id, record.sender_id, record.idempotency_key
         return record.conversation_id, SYSTEM_SENDER, record.command_id
+
+
+class Draft(NamedTuple):
+    """A message that may be written, without its place. `key`: of its sender, or the id of a group command."""
+
+    sender_id: str
+    receiver_id: str
+    message_type: MessageType
+    content: str
+    key: str
+    timestamp_ms: int
+    media_url: str | None = None
+    reply_to: str | None = None
 
 
 class Known(msgspec.Struct, frozen=True, gc=False):
@@ -157,89 +170,52 @@ class Planner:
         if (reason := _check_addressing(record, owned, member.join_seq, replies)) is not None:
             self._reject(record, plan, ErrorCode.VALIDATION_FAILED, reason)
             return
-        message = self._append(
-            entry,
-            owned,
-            plan,
+        draft = Draft(
             record.sender_id,
             record.receiver_id or owned.default_receiver(record.sender_id),
             record.message_type,
             record.content,
             record.idempotency_key,
             record.timestamp,
-            now_ms,
-            media_url=record.media_url,
-            reply_to=record.reply_to_message_id,
+            record.media_url,
+            record.reply_to_message_id,
         )
+        message = self._append(entry, owned, plan, draft, now_ms)
         known = Known(entry.message_id, owned.last, owned.countable, owned.created_ms, _fingerprint(record))
         plan.known[key] = known
         plan.keys.append((key, entry.message_id, message.created_at))
         plan.committed.append(Committed(message, owned.roster, record.instance, record.connection))
         plan.outcomes.append((record.instance, _ack(record, known, MessageStatus.SENT, duplicate=False)))
 
-    def _append(
-        self,
-        entry: Entry,
-        owned: Owned,
-        plan: Plan,
-        sender_id: str,
-        receiver_id: str,
-        message_type: MessageType,
-        content: str,
-        key: str,
-        timestamp_ms: int,
-        now_ms: int,
-        media_url: str | None = None,
-        reply_to: str | None = None,
-    ) -> StoredMessage:
+    def _append(self, entry: Entry, owned: Owned, plan: Plan, draft: Draft, now_ms: int) -> StoredMessage:
         """Take the next place of the log: the document, and the message as the others see it."""
         if not entry.message_id:
             entry.message_id = keys.new_message_id(now_ms, next(self._entropy), entry.shard)
         message_id = entry.message_id
         sequence = owned.last + 1
         owned.last = sequence
-        owned.digest = chain_digest(owned.digest, message_id, sender_id, sequence, content)
-        if message_type is not MessageType.SYSTEM:
+        owned.digest = chain_digest(owned.digest, message_id, draft.sender_id, sequence, draft.content)
+        if draft.message_type is not MessageType.SYSTEM:
             owned.countable += 1
         # Never before its predecessor, so that retention removes a prefix of the log only.
         owned.created_ms = max(now_ms, owned.created_ms)
-        created_at = from_ms(owned.created_ms)
-        timestamp = from_ms(timestamp_ms)
-        document = {
-            "_id": message_id,
-            "idempotency_key": key,
-            "conversation_id": owned.conversation_id,
-            "sequence_number": sequence,
-            "sender_id": sender_id,
-            "receiver_id": receiver_id,
-            "type": message_type.value,
-            "content": content,
-            "timestamp": timestamp,
-            "status": "sent",
-            "created_at": created_at,
-            "digest": owned.digest,
-            "countable": owned.countable,
-        }
-        if media_url is not None:
-            document["media_url"] = media_url
-        if reply_to is not None:
-            document["reply_to_message_id"] = reply_to
-        plan.documents.append(document)
-        plan.fresh.add(message_id)
-        return StoredMessage(
+        message = StoredMessage(
             message_id=message_id,
             conversation_id=owned.conversation_id,
             sequence_number=sequence,
-            sender_id=sender_id,
-            receiver_id=receiver_id,
-            message_type=message_type,
-            content=content,
-            media_url=msgspec.UNSET if media_url is None else media_url,
-            reply_to_message_id=msgspec.UNSET if reply_to is None else reply_to,
-            timestamp=timestamp,
+            sender_id=draft.sender_id,
+            receiver_id=draft.receiver_id,
+            message_type=draft.message_type,
+            content=draft.content,
+            media_url=msgspec.UNSET if draft.media_url is None else draft.media_url,
+            reply_to_message_id=msgspec.UNSET if draft.reply_to is None else draft.reply_to,
+            timestamp=from_ms(draft.timestamp_ms),
             status=MessageStatus.SENT,
-            created_at=created_at,
+            created_at=from_ms(owned.created_ms),
         )
+        plan.documents.append(_document(message, draft, owned))
+        plan.fresh.add(message_id)
+        return message
 
     def _plan_duplicate(
         self, entry: Entry, record: records.SendMessage, owned: Owned, known: Known, plan: Plan
@@ -367,18 +343,10 @@ class Planner:
         """A membership change takes its place in the log, and the members change with it."""
         content = codec.encode_value(event).decode()
         before = owned.roster
-        message = self._append(
-            entry,
-            owned,
-            plan,
-            SYSTEM_SENDER,
-            owned.conversation_id,
-            MessageType.SYSTEM,
-            content,
-            record.command_id,
-            now_ms,
-            now_ms,
+        draft = Draft(
+            SYSTEM_SENDER, owned.conversation_id, MessageType.SYSTEM, content, record.command_id, timestamp_ms=now_ms
         )
+        message = self._append(entry, owned, plan, draft, now_ms)
         _, projection = plan.projections.setdefault(owned.conversation_id, (owned, Projection()))
         projection.add(event, owned.fold_event(event, owned.last), owned.last)
         known = Known(entry.message_id, owned.last, owned.countable, owned.created_ms, 0)
@@ -403,6 +371,30 @@ class Planner:
         plan.outcomes.append(
             (record.instance, records.CommandOutcome(record.request, refused.code, refused.message, b""))
         )
+
+
+def _document(message: StoredMessage, draft: Draft, owned: Owned) -> dict[str, Any]:
+    """The `messages` document of a message that has just taken its place (see `models.MessageDocument`)."""
+    document = {
+        "_id": message.message_id,
+        "idempotency_key": draft.key,
+        "conversation_id": message.conversation_id,
+        "sequence_number": message.sequence_number,
+        "sender_id": draft.sender_id,
+        "receiver_id": draft.receiver_id,
+        "type": draft.message_type.value,
+        "content": draft.content,
+        "timestamp": message.timestamp,
+        "status": "sent",
+        "created_at": message.created_at,
+        "digest": owned.digest,
+        "countable": owned.countable,
+    }
+    if draft.media_url is not None:
+        document["media_url"] = draft.media_url
+    if draft.reply_to is not None:
+        document["reply_to_message_id"] = draft.reply_to
+    return document
 
 
 def _fingerprint(record: records.SendMessage) -> int:

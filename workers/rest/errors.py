@@ -83,6 +83,7 @@ def error_response(code: ErrorCode, message: str, status: int, headers: dict[str
 
 
 def on_refusal(_: Request[Any, Any, Any], error: RestError) -> Response[Any]:
+    """A refusal of ours, as it is."""
     return error_response(error.code, error.message, error.status)
 
 
@@ -106,11 +107,13 @@ def _reason(error: HTTPException) -> str:
 
 
 def on_store_away(_: Request[Any, Any, Any], error: StoreUnavailable | BrokerUnavailable) -> Response[Any]:
+    """503: what is behind us is away, and nothing is known of the request's effect."""
     log.warning("request_unserved", error=str(error))
     return error_response(ErrorCode.STORAGE_UNAVAILABLE, "storage is unavailable; try again", 503)
 
 
 def on_overload(_: Request[Any, Any, Any], __: TooManyWaiting) -> Response[Any]:
+    """503: as many requests wait for shard owners as one process lets wait."""
     return error_response(ErrorCode.OVERLOADED, "too many requests are waiting", 503)
 
 

@@ -20,6 +20,7 @@ class Health(msgspec.Struct, frozen=True):
 
 @get("/health/live", summary="Is the process alive")
 async def live() -> Health:
+    """200 while the event loop turns."""
     return Health("ok")
 
 
@@ -39,4 +40,5 @@ async def ready(desk: DeskDependency) -> Response[Health]:
 
 @get("/metrics", media_type="text/plain", include_in_schema=False)
 async def metrics() -> Response[bytes]:
+    """The process' registry in Prometheus' text format."""
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
