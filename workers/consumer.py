@@ -43,13 +43,12 @@ READ_SPACING_SECONDS: Final = 0.008
 commit and a publish cost about 1.5 ms of CPU over all processes however few entries they carry."""
 QUEUE_BATCHES: Final = 4
 """Entries read ahead of the writer, in batches; past it the stream keeps them."""
-TELL_SECONDS: Final = 0.04
-"""Receipts of this long travel together (protocol.md: coalesced ≤ 100 ms)."""
-MARKS_SECONDS: Final = 0.25
+FIRST_TICK_SECONDS: Final = 0.02
+TICK_SECONDS: Final = 0.1
+"""Receipts gather for a tick: the first after a pause comes soon, the others within protocol.md's 100 ms."""
 HEADS_SECONDS: Final = 1.0
-"""Flush periods: receipts within 250 ms, what the log can rebuild within 1 s."""
-KEYS_SECONDS: Final = 0.1
-"""`idempotency_keys` are many and small: in one write a second they would hold up a commit for 50 ms at 4,000 msg/s."""
+"""What the log can rebuild is flushed within 1 s; `idempotency_keys` every tick, since in one write a second they would
+hold up a commit for 50 ms at 4,000 msg/s."""
 LONGEST_BACKOFF_SECONDS: Final = 2.0
 
 log = structlog.get_logger()
@@ -91,7 +90,7 @@ class Lane:
         self._heads: dict[str, HeadMark] = {}
         self._keys: list[tuple[Key, str, datetime]] = []
         self._inbox: dict[str, list[str]] = defaultdict(list)
-        self._marks_at = self._heads_at = self._keys_at = 0.0
+        self._heads_at = 0.0
         self._stopping = False
 
     def set_shards(self, shards: frozenset[int]) -> None:
@@ -334,50 +333,41 @@ class Lane:
         while True:
             await self._to_tell.wait()
             self._to_tell = anyio.Event()
-            while True:
-                await anyio.sleep(TELL_SECONDS)
+            await anyio.sleep(FIRST_TICK_SECONDS)
+            await self._tick()
+            while self._receipts.waiting or self._unflushed or self._unsaved:
+                await anyio.sleep(TICK_SECONDS)
                 await self._tick()
-                if not (self._receipts.waiting or self._unflushed or self._unsaved):
-                    break
 
     @property
     def _unsaved(self) -> bool:
         return bool(self._heads or self._keys or self._inbox or self._conversations.dirty or self._conversations.lazy)
 
     async def _tick(self, force: bool = False) -> None:
-        now = anyio.current_time()
         try:
-            await self._receipts.resolve()
-            down: Down = defaultdict(list)
-            await self._receipts.tell(down, _now_ms())
-            await self._publish_and_settle(down)
-            if force or now - self._marks_at >= MARKS_SECONDS:
-                await self._flush_marks(lazy=False)
-                self._marks_at = now
-            if force or now - self._keys_at >= KEYS_SECONDS:
-                await self._flush_keys()
-                self._keys_at = now
-            if force or now - self._heads_at >= HEADS_SECONDS:
+            await self._settle_receipts()
+            await self._flush_keys()
+            if force or anyio.current_time() - self._heads_at >= HEADS_SECONDS:
                 await self._flush_heads()
-                self._heads_at = now
+                self._heads_at = anyio.current_time()
         except (StoreUnavailable, BrokerUnavailable) as error:
             log.warning("flush_waits", error=str(error)[:200])
             await anyio.sleep(0 if force else LONGEST_BACKOFF_SECONDS / 4)
 
-    async def _flush_marks(self, lazy: bool) -> None:
-        """Marks first, then the acknowledgement of the receipts that moved them."""
-        entries: list[tuple[int, bytes]] = []
-        if self._receipts.resolved:
-            entries, self._unflushed = self._unflushed, []
+    async def _settle_receipts(self) -> None:
+        """Marks first, then their authors, then the acknowledgement of the entries that moved them."""
+        entries, self._unflushed = self._unflushed, []
+        down: Down = defaultdict(list)
         try:
-            await self._receipts.flush(lazy)
+            await self._receipts.resolve()
+            await self._receipts.flush(lazy=False)
+            await self._receipts.tell(down, _now_ms())
         except BaseException:
             self._unflushed = entries + self._unflushed
             raise
         for shard, entry_id in entries:
             self._done(shard, entry_id)
-        if entries:
-            await self._publish_and_settle({})
+        await self._publish_and_settle(down)
         delivered, self._receipts.delivered_ids = self._receipts.delivered_ids, {}
         if delivered:
             await self._broker.drop_from_inbox(delivered)
@@ -389,7 +379,7 @@ class Lane:
             await self._broker.push_inbox(inbox)
         heads, self._heads = self._heads, {}
         try:
-            await self._flush_marks(lazy=True)
+            await self._receipts.flush(lazy=True)
             await self._store.marks.flush_heads(list(heads.values()))
         except BaseException:
             self._heads = heads | self._heads

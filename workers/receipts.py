@@ -1,8 +1,9 @@
 """Delivered and read marks: resolve, raise, tell the authors, flush. One book per lane; overlaps with the lane's
 commits.
 
-Called by `consumer.py` with the receipt records of the stream. A mark lives in memory until the next flush (≤ 250 ms)
-and its stream entry is acknowledged only after that. Marks never go down: every step takes a maximum.
+Called by `consumer.py` with the receipt records of the stream. They wait for the next tick (≤ 100 ms), which raises the
+marks, flushes them and only then tells the authors, so that no later owner can know less than an author was told. A
+stream entry is acknowledged after its flush. Marks never go down: every step takes a maximum.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class _Moved:
 
 
 class Receipts:
-    """The marks of one lane's conversations. `receive` is atomic; `resolve`, `tell` and `flush` await."""
+    """The marks of one lane's conversations. One tick is `resolve`, `flush`, `tell`, in this order."""
 
     def __init__(
         self, conversations: Conversations, messages: MessageStore, marks: MarkStore, courier: Courier, shards: int
@@ -77,27 +78,25 @@ class Receipts:
         self._courier = courier
         self._shards = shards
         self.recent = RecentPlaces()
-        self._unresolved: list[records.Receipts] = []
+        self._incoming: list[records.Receipts] = []
         self._moved: dict[tuple[str, str], _Moved] = {}
         self.delivered_ids: dict[str, list[str]] = {}
         """User → ids that were put into the inbox here and are delivered now; the lane takes them out."""
 
     @property
-    def resolved(self) -> bool:
-        """Has every receipt received so far raised its mark (or been ignored)?"""
-        return not self._unresolved
-
-    @property
     def waiting(self) -> bool:
         """Is there anything to resolve or tell?"""
-        return bool(self._unresolved or self._moved or self._conversations.replied)
+        return bool(self._incoming or self._moved or self._conversations.replied)
 
     def receive(self, record: records.Receipts) -> None:
-        """Raise the marks this record names; what is not in memory waits for `resolve`. Never awaits."""
+        """Take a record for the next tick. Never awaits."""
+        self._incoming.append(record)
+
+    def _raise_known(self, record: records.Receipts) -> records.Receipts | None:
+        """Raise the marks of messages that memory knows; the rest of the record, or None."""
         delivered = [mark for mark in record.delivered if not self._deliver(mark)]
         read = [rest for mark in record.read if (rest := self._read(mark)) is not None]
-        if delivered or read:
-            self._unresolved.append(records.Receipts(delivered, read))
+        return records.Receipts(delivered, read) if delivered or read else None
 
     def _deliver(self, mark: records.DeliveredMark) -> bool:
         place = self.recent.get(mark.message_id)
@@ -157,23 +156,20 @@ class Receipts:
                 owned.inboxed[user_id] = [item for item in waiting if item[0] > sequence]
 
     async def resolve(self) -> None:
-        """Look up the messages of receipts that memory does not hold. Raises StoreUnavailable (nothing is lost: call
-        again).
-        """
-        if not self._unresolved:
+        """Raise the marks of all records taken so far. Raises StoreUnavailable: nothing is lost, call again."""
+        incoming, self._incoming = self._incoming, []
+        unknown = [rest for record in incoming if (rest := self._raise_known(record)) is not None]
+        if not unknown:
             return
-        pending, self._unresolved = self._unresolved, []
         try:
-            await self._look_up(pending)
+            await self._look_up(unknown)
         except BaseException:
-            self._unresolved = pending + self._unresolved
+            self._incoming = unknown + self._incoming
             raise
-        for record in pending:
+        for record in unknown:
             # What is still unknown is no message of ours, or not of this shard: ignored and counted, no oracle.
-            lost = sum(not self._deliver(mark) for mark in record.delivered)
-            lost += sum(self._read(mark) is not None for mark in record.read)
-            if lost:
-                metrics.RECEIPTS.labels("ignored").inc(lost)
+            if (rest := self._raise_known(record)) is not None:
+                metrics.RECEIPTS.labels("ignored").inc(len(rest.delivered) + len(rest.read))
 
     async def _look_up(self, pending: list[records.Receipts]) -> None:
         ids = {mark.message_id for record in pending for mark in record.delivered}
@@ -193,6 +189,9 @@ class Receipts:
             self._moved.setdefault(key, _Moved()).read = True
         moved, self._moved = self._moved, {}
         try:
+            await self._conversations.load(
+                {name: keys.shard_of(name, self._shards) for name, _ in moved if self._conversations.get(name) is None}
+            )
             notices: list[tuple[Sequence[str], bytes]] = []
             groups: dict[str, str] = {}
             for (conversation_id, user_id), what in moved.items():
