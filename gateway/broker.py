@@ -287,8 +287,13 @@ class RedisBroker:
         if forgotten:
             if was_established:
                 await self._check_settings(info)
-            await self.commands.call("XADD", self._down_key, "*", keys.FIELD, encode_down([]))
-            self._position = b"0"  # what was read since may come twice: every item can be taken twice
+            first = await self.commands.call("XADD", self._down_key, "*", keys.FIELD, encode_down([]))
+            if _place(first) <= _place(self._position):
+                # A Redis whose clock is behind: what comes now has smaller ids than what was read. Otherwise the
+                # position
+                # stays: a stream restored from disk still holds what was routed, and a receipt told twice goes
+                # backwards.
+                self._position = first
             self._run_id = info.get("run_id", "")
         self._established = self._leased = True
         if known and (forgotten or not was_established):
@@ -422,6 +427,12 @@ def _xadd_prefix(key: str, *options: bytes) -> bytes:
     words = [b"XADD", key.encode(), *options, b"*", keys.FIELD]
     head = b"*%d\r\n" % (len(words) + 1)
     return head + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in words) + b"$"
+
+
+def _place(entry_id: bytes) -> tuple[int, int]:
+    """A stream id in its order."""
+    milliseconds, _, sequence = entry_id.partition(b"-")
+    return int(milliseconds), int(sequence or 0)
 
 
 def _after(entry_id: bytes) -> bytes:

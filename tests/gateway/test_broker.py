@@ -368,6 +368,36 @@ async def test_a_redis_that_forgot_gets_lease_stream_and_shard_count_again(
 
 
 @pytest.mark.trio
+@pytest.mark.slow
+async def test_what_was_routed_is_not_routed_again_when_the_lease_was_forgotten(
+    broker: RedisBroker, redis: Wire, receiver: Recorder
+) -> None:
+    """A Redis restored from disk has the stream and not the lease: authors were told old receipts a second time."""
+    for number in range(3):
+        await redis.call("XADD", keys.down("gw_1"), "*", "r", codec.encode_down([records.Reply(number, b"{}")]))
+    await eventually(lambda: len(receiver.items) == 3)
+    await redis.call("DEL", keys.instance("gw_1"))
+    await eventually(lambda: receiver.recoveries == [True], 7)
+    await redis.call("XADD", keys.down("gw_1"), "*", "r", codec.encode_down([records.Reply(3, b"{}")]))
+    await eventually(lambda: len(receiver.items) >= 4)
+    assert receiver.items == [records.Reply(number, b"{}") for number in range(4)]
+
+
+@pytest.mark.trio
+@pytest.mark.slow
+async def test_a_redis_whose_clock_is_behind_is_still_read(
+    broker: RedisBroker, redis: Wire, receiver: Recorder
+) -> None:
+    future = b"99999999999999-0"
+    await redis.call("XADD", keys.down("gw_1"), future, "r", codec.encode_down([records.Reply(1, b"{}")]))
+    await eventually(lambda: len(receiver.items) == 1)
+    await redis.call("FLUSHALL")
+    await eventually(lambda: receiver.recoveries == [True], 7)
+    await redis.call("XADD", keys.down("gw_1"), "*", "r", codec.encode_down([records.Reply(2, b"{}")]))
+    await eventually(lambda: records.Reply(2, b"{}") in receiver.items)
+
+
+@pytest.mark.trio
 async def test_another_shard_count_is_refused(address: Address, redis: Wire) -> None:
     await redis.call("SET", keys.SHARDS, 32)
     broker = make_broker(address)
