@@ -46,13 +46,18 @@ class StackError(Exception):
 
 
 class Process(msgspec.Struct, frozen=True):
-    """One running process of the stack. `ready_url` is None for a process that listens nowhere."""
+    """One running process of the stack. `port` is None for a process that listens nowhere."""
 
     role: str
     name: str
     popen: subprocess.Popen[bytes]
     log: Path
-    ready_url: str | None
+    port: int | None
+
+    @property
+    def is_ready(self) -> bool:
+        """Says its health page so? A process without one is not waited for."""
+        return self.port is None or answers(f"http://{HOST}:{self.port}/health/ready")
 
 
 class Stack(msgspec.Struct, frozen=True):
@@ -119,23 +124,23 @@ def run_stack(
         own = {**environment, "TRIREME_REST_PORT": str(rest_port)}
         processes.append(_start("rest", "rest", ["-m", "workers", "rest"], own, directory, rest_port))
         wait_ready(processes)
-        pids: dict[str, list[int]] = {role: [pid] for role, pid in backing.pids.items()}
-        for process in processes:
-            pids.setdefault(process.role, []).append(process.popen.pid)
         yield Stack(
-            ws_urls=tuple(
-                process.ready_url.replace("http", "ws").replace("/health/ready", WS_PATH)
-                for process in processes
-                if process.role == "gateway" and process.ready_url is not None
-            ),
+            ws_urls=tuple(f"ws://{HOST}:{process.port}{WS_PATH}" for process in processes if process.role == "gateway"),
             rest_url=f"http://{HOST}:{rest_port}",
             admin_token=environment.get("TRIREME_ADMIN_TOKEN", dev_keys.ADMIN_TOKEN),
-            pids=pids,
+            pids=_pids(backing, processes),
             redis_url=backing.redis_url,
             mongodb_url=backing.mongodb_url,
             environment=environment,
             log_dir=directory,
         )
+
+
+def _pids(backing: Services, processes: Sequence[Process]) -> dict[str, list[int]]:
+    pids = {role: [pid] for role, pid in backing.pids.items()}
+    for process in processes:
+        pids.setdefault(process.role, []).append(process.popen.pid)
+    return pids
 
 
 def _environment(backing: Services, transport: str, settings: Mapping[str, str]) -> dict[str, str]:
@@ -157,7 +162,7 @@ def _start(
 ) -> Process:
     log = directory / f"{name}.log"
     popen = spawn([sys.executable, *arguments], log, environment, PROJECT)
-    return Process(role, name, popen, log, None if port is None else f"http://{HOST}:{port}/health/ready")
+    return Process(role, name, popen, log, port)
 
 
 def wait_ready(processes: Sequence[Process]) -> None:
@@ -168,7 +173,7 @@ def wait_ready(processes: Sequence[Process]) -> None:
         for process in processes:
             if process.popen.poll() is not None:
                 raise StackError(_explain(process, f"ended with status {process.popen.returncode}"))
-        waiting = [process for process in waiting if process.ready_url is not None and not answers(process.ready_url)]
+        waiting = [process for process in waiting if not process.is_ready]
         if waiting and time.monotonic() >= deadline:
             raise StackError(_explain(waiting[0], f"was not ready within {READY_SECONDS:.0f} s"))
         time.sleep(0.05)
