@@ -337,6 +337,10 @@ def _on_signal(number: int, frame: FrameType | None) -> NoReturn:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-dir", type=Path, default=Path(DEFAULT_DATA_DIR), help="data and logs (default .data)")
+    parser.add_argument("--redis-port", type=int, default=DEFAULT_REDIS_PORT)
+    parser.add_argument(
+        "--mongodb-port", type=int, default=DEFAULT_MONGODB_PORT, help="a data directory keeps the port it began with"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -348,7 +352,7 @@ def main(args: argparse.Namespace) -> int:
         if len(given) == 2:
             _say("TRIREME_REDIS_URL and TRIREME_MONGODB_URL are set: nothing to start")
             _wait([])
-        _run_missing(args.data_dir.resolve(), given)
+        _run_missing(args.data_dir.resolve(), given, args.redis_port, args.mongodb_port)
     except _Stopped:
         return 0
     except ServicesError as error:
@@ -357,24 +361,24 @@ def main(args: argparse.Namespace) -> int:
     return 1
 
 
-def _run_missing(data_dir: Path, given: list[str]) -> None:
+def _run_missing(data_dir: Path, given: list[str], redis_port: int, mongodb_port: int) -> None:
     data_dir.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + START_DEADLINE_SECONDS
     servers: list[_Server] = []
     with ExitStack() as stack:
         if "TRIREME_REDIS_URL" not in given:
-            _check_port(DEFAULT_REDIS_PORT, "TRIREME_REDIS_URL")
+            _check_port(redis_port, "TRIREME_REDIS_URL")
         if "TRIREME_MONGODB_URL" not in given:
-            _check_port(DEFAULT_MONGODB_PORT, "TRIREME_MONGODB_URL")
-            mongod = stack.enter_context(_run_mongod(data_dir, DEFAULT_MONGODB_PORT))
+            _check_port(mongodb_port, "TRIREME_MONGODB_URL")
+            mongod = stack.enter_context(_run_mongod(data_dir, mongodb_port))
             servers.append(mongod)
         if "TRIREME_REDIS_URL" not in given:
-            valkey = stack.enter_context(_run_valkey(data_dir, DEFAULT_REDIS_PORT))
+            valkey = stack.enter_context(_run_valkey(data_dir, redis_port))
             servers.append(valkey)
-            stack.callback(_linger, DEFAULT_REDIS_PORT)
-            valkey.wait_until(lambda: _valkey_answers(DEFAULT_REDIS_PORT), deadline)
+            stack.callback(_linger, redis_port)
+            valkey.wait_until(lambda: _valkey_answers(redis_port), deadline)
         if "TRIREME_MONGODB_URL" not in given:
-            mongod.wait_until(lambda: _mongod_is_primary(DEFAULT_MONGODB_PORT), deadline)
+            mongod.wait_until(lambda: _mongod_is_primary(mongodb_port), deadline)
         _say("services_ready " + " ".join(f"{server.name}={HOST}:{server.port}" for server in servers))
         _wait(servers)
 
