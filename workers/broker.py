@@ -132,13 +132,6 @@ class Broker:
         value = next(iter(values.values()), b"noeviction")
         return value.decode() if isinstance(value, bytes) else str(value)
 
-    async def run_id(self) -> str:
-        """Changes when Redis was restarted or failed over."""
-        info = await self._run("INFO", "server")
-        if isinstance(info, dict):
-            return str(info["run_id"])
-        return str(dict(line.split(":", 1) for line in info.decode().splitlines() if ":" in line)["run_id"])
-
     # --- ingest ------------------------------------------------------------------------------------------------------
 
     async def append_ingest(self, shard: int, record: records.IngestRecord) -> None:

@@ -63,6 +63,7 @@ class Registry:
                 try:
                     async with self._broker.registry_changes() as changes:
                         self._where.clear()
+                        self._changes += 1  # a lookup that began before anybody was told of changes is not kept
                         self._following = True
                         async for users in changes:
                             self._changes += 1

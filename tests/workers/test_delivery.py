@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
 
 from protocol import keys, records
-from tests.workers.lanes import eventually, run_lane, shown
+from tests.workers.lanes import INSTANCE, eventually, run_lane, shown
+from workers.delivery import Registry
 
 if TYPE_CHECKING:
     from tests.workers.lanes import Yard
@@ -71,3 +72,31 @@ async def test_a_burst_from_several_senders_travels_as_one_frame(yard: Yard) -> 
         (delivery,) = await yard.next_down(records.Delivery, 1)
     assert (delivery.from_sequence, delivery.to_sequence, delivery.skip) == (1, 10, 0)
     assert [m.sequence_number for m in shown(delivery.frame).messages] == list(range(1, 11))
+
+
+async def test_a_change_during_a_lookup_is_neither_missed_nor_kept_out(
+    yard: Yard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The invalidation removed a user while others were looked up, and delivery to it ended the worker."""
+    await yard.connect("ann", "bob")
+    registry = Registry(yard.broker)
+    locate = yard.broker.locate
+
+    async def locate_while_bob_leaves(user_ids: Any) -> Any:
+        found = await locate(user_ids)
+        await yard.broker.client.delete(keys.connection("bob"))
+        await anyio.sleep(0.2)
+        return found
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(registry.run)
+        await anyio.sleep(0.2)
+        await registry.locate(["bob"])
+        with monkeypatch.context() as patched:
+            patched.setattr(yard.broker, "locate", locate_while_bob_leaves)
+            during = await registry.locate(["ann", "bob"])
+        after = await registry.locate(["ann", "bob"])
+        group.cancel_scope.cancel()
+    assert set(during) >= {"ann", "bob"}
+    assert after["bob"] == ()
+    assert after["ann"] == (INSTANCE,)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
@@ -10,6 +10,7 @@ import pytest
 from protocol import records
 from protocol.models import ConversationType
 from tests.workers.lanes import crashing_lane, eventually, run_lane, settled, shown
+from workers.store.errors import StoreUnavailable
 
 if TYPE_CHECKING:
     from tests.workers.lanes import Yard
@@ -74,7 +75,8 @@ async def test_a_strangers_receipt_is_ignored(yard: Yard) -> None:
         message_id = ack["payload"]["message_id"]
         await yard.delivered(message_id, "eve")
         await yard.read(message_id, "eve")
-        await yard.delivered(message_id[:-4] + "f" + message_id[-3:], "bob")
+        another = "0" if message_id[-4] != "0" else "1"
+        await yard.delivered(message_id[:-4] + another + message_id[-3:], "bob")
         await eventually(lambda: settled(yard))
         await anyio.sleep(0.1)
     assert not [item for item in yard.down if isinstance(item, records.Notice)]
@@ -134,3 +136,30 @@ async def test_receipts_reach_the_author_when_both_people_send(yard: Yard) -> No
     assert before is not None
     assert before["delivered_seq"] == 0, "only a delivery_ack makes delivered"
     assert (shown(told.frame).user_id, shown(told.frame).delivered_through) == ("bob", 2)
+
+
+async def test_nobody_is_told_a_mark_that_is_not_flushed(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An owner that knows only the store would announce less: the author saw receipts go backwards."""
+    await yard.connect("ann", "bob")
+    flush = yard.store.marks.flush_marks
+    refused = 0
+
+    async def refuse(marks: Any) -> None:
+        nonlocal refused
+        if marks:
+            refused += 1
+            raise StoreUnavailable("no majority")
+
+    async with run_lane(yard):
+        conv = await yard.create("ann", "bob")
+        await yard.send(conv, "ann", "k1")
+        (ack,) = await yard.acks(1)
+        await anyio.sleep(1.3)
+        monkeypatch.setattr(yard.store.marks, "flush_marks", refuse)
+        await yard.delivered(ack["payload"]["message_id"], "bob")
+        with pytest.raises(TimeoutError):
+            await yard.next_down(records.Notice, 1, 1.0)
+        monkeypatch.setattr(yard.store.marks, "flush_marks", flush)
+        (notice,) = await yard.next_down(records.Notice, 1)
+    assert refused
+    assert shown(notice.frame).delivered_through == 1
