@@ -174,10 +174,11 @@ async def crashing_lane(yard: Yard) -> AsyncIterator[Lane]:
 
 
 async def settled(yard: Yard) -> bool:
-    """Nothing is pending in any shard."""
+    """Every entry of every shard has been read and acknowledged."""
     for shard in range(SHARDS):
-        pending = await yard.broker.client.xpending(keys.ingest(shard), keys.INGEST_GROUP)
-        if pending["pending"]:
+        stream = await yard.broker.client.xinfo_stream(keys.ingest(shard))
+        (group,) = await yard.broker.client.xinfo_groups(keys.ingest(shard))
+        if group["pending"] or group["last-delivered-id"] != stream["last-generated-id"]:
             return False
     return True
 
