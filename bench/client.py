@@ -19,6 +19,7 @@ from bench.conversation_log import ConversationLog, Held, held_message
 from protocol import frames
 from protocol.errors import ErrorCode
 from protocol.models import MessagePayload, MessageType
+from protocol.watermarks import content_hash
 
 
 class _Stamp(TypedDict):
@@ -273,7 +274,8 @@ class Client:
                 )
             )
             if pending is not None:
-                held = Held(payload.message_id, self.user_id, pending.payload.content)
+                content = pending.payload.content
+                held = Held(payload.message_id, self.user_id, content, content_hash(content))
                 self._hold_own(conversation_id, payload.sequence_number, held, now)
         return self._flush(now)
 

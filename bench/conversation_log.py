@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from protocol.watermarks import NO_DIGEST, chain_digest
+from protocol.watermarks import NO_DIGEST, chain_digest, content_hash
 
 if TYPE_CHECKING:
     from protocol.models import StoredMessage
@@ -24,6 +24,8 @@ class Held(msgspec.Struct, frozen=True, gc=False):
     message_id: str
     sender_id: str
     content: str
+    hashed: bytes
+    """BLAKE2b-128 of what was committed here, also where `content` is something else by now."""
 
 
 class ConversationLog:
@@ -97,7 +99,7 @@ class ConversationLog:
             if len(self._unfolded) > digests_kept:
                 del self._unfolded[next(iter(self._unfolded))]
             return
-        self.digest = chain_digest(self.digest, held.message_id, held.sender_id, sequence, held.content)
+        self.digest = chain_digest(self.digest, held.message_id, held.sender_id, sequence, held.hashed)
         self.digests[sequence] = self.digest
         if len(self.digests) > digests_kept:
             del self.digests[next(iter(self.digests))]
@@ -122,4 +124,6 @@ class ConversationLog:
 
 def held_message(message: StoredMessage) -> Held:
     message_id = message.message_id if isinstance(message.message_id, str) else ""
-    return Held(message_id, message.sender_id, message.content)
+    changed = isinstance(message.content_hash, str)
+    hashed = bytes.fromhex(message.content_hash) if changed else content_hash(message.content)  # type: ignore[arg-type]
+    return Held(message_id, message.sender_id, message.content, hashed)

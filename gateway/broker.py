@@ -67,8 +67,11 @@ class Receiver(Protocol):
 class Broker(Protocol):
     """What the hub asks of the streams. No method awaits: each is atomic."""
 
-    def publish(self, record: records.SendMessage) -> ErrorCode | None:
+    def publish(self, record: records.SendMessage | records.ChangeMessage) -> ErrorCode | None:
         """Append to the conversation's shard. An error code at once, or later by `Receiver.publish_failed`."""
+
+    def signal(self, record: records.Typing) -> None:
+        """Append to the conversation's shard, unless that is not possible now."""
 
     def ask(self, query: records.Query) -> ErrorCode | None:
         """Hand a query to any worker. An error code at once, or later by `Receiver.query_failed`."""
@@ -144,7 +147,7 @@ class RedisBroker:
 
     # --- what the hub calls ------------------------------------------------------------------------------------------
 
-    def publish(self, record: records.SendMessage) -> ErrorCode | None:
+    def publish(self, record: records.SendMessage | records.ChangeMessage) -> ErrorCode | None:
         """See `Broker.publish`."""
         shard = keys.shard_of(record.conversation_id, self._shards)
         if self.backlog[shard] >= self._high_water:
@@ -157,7 +160,14 @@ class RedisBroker:
             return _code_of(error)
         return None
 
-    def _published(self, record: records.SendMessage, reply: Any) -> None:
+    def signal(self, record: records.Typing) -> None:
+        """See `Broker.signal`."""
+        shard = keys.shard_of(record.conversation_id, self._shards)
+        if self.backlog[shard] < self._high_water:
+            payload = encode_record(record)
+            self._post_unless_down(b"%b%d\r\n%b\r\n" % (self._ingest_prefix[shard], len(payload), payload), None)
+
+    def _published(self, record: records.SendMessage | records.ChangeMessage, reply: Any) -> None:
         if type(reply) is not bytes:
             self._receiver.publish_failed(record.connection, record.idempotency_key, _code_of(reply))
 

@@ -106,6 +106,8 @@ class Connection:
         for command in todo:
             if isinstance(command, commands.Publish):
                 hub.publish(self, command.record, now)
+            elif isinstance(command, commands.Signal):
+                hub.broker.signal(command.record)
             elif isinstance(command, commands.Acknowledge):
                 hub.broker.acknowledge(command.mark)
             elif isinstance(command, commands.Ask):

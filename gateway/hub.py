@@ -214,7 +214,7 @@ class Hub:
         self.counts.replaced += 1
         self._guard(connection, lambda: connection.run(connection.session.replaced(), self._clock()))
 
-    def publish(self, connection: Connection, record: records.SendMessage, now: float) -> None:
+    def publish(self, connection: Connection, record: records.SendMessage | records.ChangeMessage, now: float) -> None:
         """Hand a message to its shard, or answer at once."""
         self.counts.published += 1
         code = self.broker.publish(record)

@@ -33,6 +33,8 @@ class _Probe(msgspec.Struct):
     type: Any = None
     client_message_id: Any = None
     idempotency_key: Any = None
+    payload: msgspec.Raw = msgspec.Raw()
+    """Not looked into before the tag is known to be one of ours."""
 
 
 class FrameCodec:
@@ -71,12 +73,20 @@ class FrameCodec:
             return RemoteProtocolError(ErrorCode.BAD_FRAME, f"not a {self.subprotocol} object")
         if not isinstance(probe.type, str) or probe.type not in frames.CLIENT_TAGS:
             return RemoteProtocolError(ErrorCode.UNKNOWN_TYPE, "unknown frame type")
+        named = probe if probe.idempotency_key is not None else self._look_inside(probe)
         return RemoteProtocolError(
             ErrorCode.VALIDATION_FAILED,
             reason[:160],
-            client_message_id=_short(probe.client_message_id, _ECHO_LIMIT),
-            idempotency_key=_short(probe.idempotency_key, 128),
+            client_message_id=_short(named.client_message_id, _ECHO_LIMIT),
+            idempotency_key=_short(named.idempotency_key, 128),
         )
+
+    def _look_inside(self, probe: _Probe) -> _Probe:
+        """An added frame carries its ids in the payload."""
+        try:
+            return self._probe(probe.payload)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return probe
 
 
 def _short(value: object, limit: int) -> str | None:
@@ -123,4 +133,7 @@ encode_value = msgspec.json.Encoder().encode
 decode_registry = msgspec.json.Decoder(ConnectionRegistry).decode
 decode_presence = msgspec.json.Decoder(Presence).decode
 decode_instance = msgspec.json.Decoder(records.InstanceInfo).decode
+decode_signal = msgspec.json.Decoder(records.UserSignal).decode
+decode_presence_change = msgspec.json.Decoder(records.PresenceChange).decode
+decode_ticket = msgspec.json.Decoder(records.MigrationTicket).decode
 decode_system_event = msgspec.json.Decoder(SystemEvent).decode

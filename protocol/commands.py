@@ -64,9 +64,27 @@ class Attach(msgspec.Struct, frozen=True, gc=False):
 
 
 class Publish(msgspec.Struct, frozen=True, gc=False):
-    """Append this message to its shard; on failure call `publish_failed`."""
+    """Append this message, or change of one, to its shard; on failure call `publish_failed`."""
 
-    record: records.SendMessage
+    record: records.SendMessage | records.ChangeMessage
+
+
+class Signal(msgspec.Struct, frozen=True, gc=False):
+    """Append this to its shard; if that fails, nobody misses it."""
+
+    record: records.Typing
+
+
+class Watch(msgspec.Struct, frozen=True, gc=False):
+    """Expect a `PresenceAnswer` about these people, and tell this connection of their presence from then on."""
+
+    user_ids: list[str]
+
+
+class Unwatch(msgspec.Struct, frozen=True, gc=False):
+    """Tell this connection no more of these people."""
+
+    user_ids: list[str]
 
 
 class Acknowledge(msgspec.Struct, frozen=True, gc=False):
@@ -87,6 +105,6 @@ class Close(msgspec.Struct, frozen=True, gc=False):
     code: CloseCode
 
 
-Command = Send | SendEncoded | Ping | Verify | Attach | Publish | Acknowledge | Ask | Close
+Command = Send | SendEncoded | Ping | Verify | Attach | Publish | Signal | Watch | Unwatch | Acknowledge | Ask | Close
 
 PING: Final = Ping()

@@ -26,10 +26,16 @@ class ErrorCode(StrEnum):
     VALIDATION_FAILED = "validation_failed", False, 400
     CONVERSATION_NOT_FOUND = "conversation_not_found", False, 404
     NOT_FOUND = "not_found", False, 404
+    METHOD_NOT_ALLOWED = "method_not_allowed", False, 405
     FORBIDDEN = "forbidden", False, 403
     UNAUTHORIZED = "unauthorized", False, 401
     CONFLICT = "conflict", False, 409
     MUTED = "muted", False, 403
+    BLOCKED = "blocked", False, 403
+    BANNED = "banned", False, 403
+    TOO_LATE = "too_late", False, 409
+    CODE_REFUSED = "code_refused", False, 403
+    REVOKED = "revoked", False, 401
     GROUP_FULL = "group_full", False, 409
     IDEMPOTENCY_CONFLICT = "idempotency_conflict", False, 409
     RATE_LIMITED = "rate_limited", True, 429

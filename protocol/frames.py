@@ -6,7 +6,8 @@ their fields in `payload`. Unknown fields are ignored, optional fields are left 
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from enum import StrEnum
+from typing import Annotated, Any, get_args
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -21,6 +22,7 @@ from protocol.models import (
     MessageStatus,
     Sequence,
     StoredMessage,
+    UserStatus,
 )
 
 DeviceId = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"\A[A-Za-z0-9._:-]+\Z")]
@@ -105,11 +107,105 @@ class History(Frame, tag="history", kw_only=True, frozen=True, gc=False):
     payload: HistoryPayload
 
 
+Emoji = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"\A[^\x00-\x1f\x7f]+\Z")]
+"""What a reaction shows; as opaque to the server as content."""
+
+
+class TypingState(StrEnum):
+    START = "start"
+    STOP = "stop"
+
+
+class DeleteScope(StrEnum):
+    ME = "me"
+    ALL = "all"
+
+
+class ReactionOp(StrEnum):
+    ADD = "add"
+    REMOVE = "remove"
+
+
+class MessageChange(msgspec.Struct, kw_only=True, frozen=True, gc=False):
+    """What every change of a message names. Answered by a `message_ack` of the log entry it becomes."""
+
+    client_message_id: Label | None = None
+    idempotency_key: IdempotencyKeyText
+    conversation_id: Id
+    message_id: Id
+
+
+class EditPayload(MessageChange, kw_only=True, frozen=True, gc=False):
+    content: str
+
+
+class MessageEdit(Frame, tag="message_edit", kw_only=True, frozen=True, gc=False):
+    payload: EditPayload
+
+
+class DeletePayload(MessageChange, kw_only=True, frozen=True, gc=False):
+    scope: DeleteScope
+
+
+class MessageDelete(Frame, tag="message_delete", kw_only=True, frozen=True, gc=False):
+    payload: DeletePayload
+
+
+class ReactionPayload(MessageChange, kw_only=True, frozen=True, gc=False):
+    emoji: Emoji
+    op: ReactionOp
+
+
+class MessageReaction(Frame, tag="reaction", kw_only=True, frozen=True, gc=False):
+    payload: ReactionPayload
+
+
+class TypingPayload(msgspec.Struct, kw_only=True, frozen=True, gc=False):
+    conversation_id: Id
+    state: TypingState
+
+
+class Typing(Frame, tag="typing", kw_only=True, frozen=True, gc=False):
+    """Never stored; one `start` per 3 s is passed on, and ends by itself after 6 s."""
+
+    payload: TypingPayload
+
+
+class PeoplePayload(msgspec.Struct, kw_only=True, frozen=True):
+    user_ids: Annotated[list[Id], Meta(max_length=500)]
+
+
+class PresenceSubscribe(Frame, tag="presence_subscribe", kw_only=True, frozen=True, gc=False):
+    """Watch these people too; those one may not watch are left out without a word. At most 500 per connection."""
+
+    payload: PeoplePayload
+
+
+class PresenceUnsubscribe(Frame, tag="presence_unsubscribe", kw_only=True, frozen=True, gc=False):
+    payload: PeoplePayload
+
+
 class Goodbye(Frame, tag="goodbye", kw_only=True, frozen=True, gc=False):
     payload: dict[str, Any] | UnsetType = UNSET
 
 
-ClientFrame = Auth | Message | DeliveryAck | ReadReceipt | Heartbeat | Retransmit | Sync | History | Goodbye
+ClientFrame = (
+    Auth
+    | Message
+    | DeliveryAck
+    | ReadReceipt
+    | Heartbeat
+    | Retransmit
+    | Sync
+    | History
+    | MessageEdit
+    | MessageDelete
+    | MessageReaction
+    | Typing
+    | PresenceSubscribe
+    | PresenceUnsubscribe
+    | Goodbye
+)
 
 
 # --- server to client ------------------------------------------------------------------------------------------------
@@ -205,7 +301,8 @@ class Error(Frame, tag="error", kw_only=True, frozen=True, gc=False):
 class ReceiptUpdatePayload(msgspec.Struct, kw_only=True, frozen=True, gc=False):
     """1:1: `user_id` has stored or read everything through the given sequences.
 
-    Group: all members have; `user_id` came last.
+    Group: all members have; `user_id` moved last. The counts say how many of the `participant_count` others have stored
+    and read the author's newest message, `sequence_number`.
     """
 
     conversation_id: str
@@ -215,6 +312,7 @@ class ReceiptUpdatePayload(msgspec.Struct, kw_only=True, frozen=True, gc=False):
     delivered_count: int | UnsetType = UNSET
     read_count: int | UnsetType = UNSET
     participant_count: int | UnsetType = UNSET
+    sequence_number: int | UnsetType = UNSET
     timestamp: int
 
 
@@ -232,18 +330,83 @@ class SyncComplete(Frame, tag="sync_complete", kw_only=True, frozen=True, gc=Fal
     payload: SyncCompletePayload
 
 
+class ConversationEvent(StrEnum):
+    """What a `conversation_update` is about. The last three are the member's own settings."""
+
+    CREATED = "created"
+    UPDATED = "updated"
+    REMOVED = "removed"
+    READ = "read"
+    MUTED = "muted"
+    PINNED = "pinned"
+    ARCHIVED = "archived"
+
+
 class ConversationUpdatePayload(msgspec.Struct, kw_only=True, frozen=True):
-    """`event`: created, updated, removed, read."""
+    """`version`: the log's position that caused it, or epoch ms for the member's own settings, of which `muted_until`
+    (epoch ms), `pinned` and `archived` say how they stand now."""
 
     conversation: Conversation | UnsetType = UNSET
     conversation_id: str
     unread_count: int | UnsetType = UNSET
-    event: str
+    event: ConversationEvent
     version: int
+    muted_until: int | UnsetType = UNSET
+    pinned: bool | UnsetType = UNSET
+    archived: bool | UnsetType = UNSET
 
 
 class ConversationUpdate(Frame, tag="conversation_update", kw_only=True, frozen=True, gc=False):
     payload: ConversationUpdatePayload
+
+
+class TypingNoticePayload(msgspec.Struct, kw_only=True, frozen=True, gc=False):
+    conversation_id: str
+    user_id: str
+    state: TypingState
+
+
+class TypingNotice(Frame, tag="typing", kw_only=True, frozen=True, gc=False):
+    """Ends by itself 6 s after the last `start`."""
+
+    payload: TypingNoticePayload
+
+
+class PresencePayload(msgspec.Struct, kw_only=True, frozen=True, gc=False):
+    """`last_seen`: epoch ms, left out where it is not known or not shown."""
+
+    user_id: str
+    status: UserStatus
+    last_seen: int | UnsetType = UNSET
+
+
+class PresenceNotice(Frame, tag="presence", kw_only=True, frozen=True, gc=False):
+    payload: PresencePayload
+
+
+class KeysLowPayload(msgspec.Struct, kw_only=True, frozen=True):
+    device_id: str
+    remaining: int
+
+
+class KeysLow(Frame, tag="keys_low", kw_only=True, frozen=True, gc=False):
+    """This device's one-time prekeys run out: upload more."""
+
+    payload: KeysLowPayload
+
+
+class IdentityChangedPayload(msgspec.Struct, kw_only=True, frozen=True):
+    """`version`: of the user's device list, which grows with every device that is added, changed or removed."""
+
+    user_id: str
+    device_id: str
+    version: int
+
+
+class IdentityChanged(Frame, tag="identity_changed", kw_only=True, frozen=True, gc=False):
+    """A person one talks to has a device with a new identity key, or has lost one: fetch their keys again."""
+
+    payload: IdentityChangedPayload
 
 
 ServerFrame = (
@@ -257,11 +420,13 @@ ServerFrame = (
     | ReceiptUpdate
     | SyncComplete
     | ConversationUpdate
+    | TypingNotice
+    | PresenceNotice
+    | KeysLow
+    | IdentityChanged
 )
 
-CLIENT_TAGS = frozenset(
-    ("auth", "message", "delivery_ack", "read_receipt", "heartbeat", "retransmit", "sync", "history", "goodbye")
-)
+CLIENT_TAGS = frozenset(kind.__struct_config__.tag for kind in get_args(ClientFrame))
 
 
 def error_frame(

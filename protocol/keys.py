@@ -79,13 +79,40 @@ def inbox(user_id: str) -> str:
     return f"inbox:{user_id}"
 
 
+def users(instance_id: str) -> str:
+    """set: users with a connection at this gateway: their presence ends with it. Kept by the registry scripts."""
+    return f"users:{instance_id}"
+
+
+MIGRATION_PREFIX = "mig_"
+"""A session token of a `migration` frame begins so; a JWT never does."""
+MIGRATION_TTL_SECONDS = 60
+
+
+def migration(session_token: str) -> str:
+    """string `protocol.records.MigrationTicket`, 60 s, taken by the gateway that redeems it (GETDEL). The key holds a
+    hash: who can list keys cannot redeem them."""
+    return "migration:" + blake2b(session_token.encode(), digest_size=16).hexdigest()
+
+
+def allowance(purpose: str, subject: str) -> str:
+    """string: how often `subject` (an address, a phone number, a user id) has done this in the window; its TTL is the
+    window. The key holds a hash of the subject."""
+    return f"allowance:{purpose}:" + blake2b(subject.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+USER_CHANNEL_PREFIX = "user:"
+PRESENCE_PREFIX = "presence:"
+NOTIFICATION_PREFIX = "notification:"
+
+
 def user_channel(user_id: str) -> str:
-    """pub/sub: user-scoped control events."""
+    """pub/sub: user-scoped control events (`protocol.records.UserSignal`)."""
     return f"user:{user_id}"
 
 
 def notification_channel(user_id: str) -> str:
-    """pub/sub: push jobs of one user."""
+    """pub/sub: what a user's devices should hear of (`protocol.records.Tell`)."""
     return f"notification:{user_id}"
 
 

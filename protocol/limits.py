@@ -27,6 +27,14 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     message_burst: int = 60
     lookup_rate: float = 5.0
     """retransmit, sync and history together, per second."""
+    typing_spacing_seconds: float = 3.0
+    """At most one `typing` start per conversation is passed on in this time."""
+    typing_seconds: float = 6.0
+    """Without another start, typing has stopped."""
+    typing_conversations: int = 20
+    """Conversations one connection may be typing in."""
+    watched_people: int = 500
+    """People whose presence one connection may watch."""
     retransmit_span: int = 500
     page_limit: int = 100
     auth_timeout_seconds: float = 10.0
@@ -69,18 +77,22 @@ class TokenBucket:
         return (1.0 - level) / self._rate
 
 
-def check_message(payload: MessagePayload, limits: Limits) -> tuple[ErrorCode, str] | None:
-    """Why no conversation could take this message, or None."""
-    content = payload.content
-    limit = limits.max_content_bytes
-    if len(content) * 4 > limit and len(content.encode()) > limit:
+def check_content(content: str, limit: int) -> tuple[ErrorCode, str] | None:
+    """Why this is no content of a text message, or None. `limit`: bytes."""
+    if len(content) * 4 > limit and len(content.encode("utf-8", "surrogatepass")) > limit:
         return ErrorCode.TOO_LARGE, f"content is over {limit} bytes"
+    return None if content else (ErrorCode.VALIDATION_FAILED, "a text message needs content")
+
+
+def check_message(payload: MessagePayload, limits: Limits) -> tuple[ErrorCode, str] | None:
+    """Why no conversation could take this message, or None. The same for both doors."""
+    content = payload.content
     kind = payload.message_type
-    if kind is MessageType.TEXT:
-        if not content:
-            return ErrorCode.VALIDATION_FAILED, "a text message needs content"
-    elif kind is MessageType.SYSTEM:
+    unfit = check_content(content, limits.max_content_bytes)
+    if unfit is not None and (content or kind is MessageType.TEXT):
+        return unfit
+    if kind is MessageType.SYSTEM:
         return ErrorCode.FORBIDDEN, "system messages come from the server only"
-    elif kind in _MEDIA and not content and not payload.media_url:
+    if kind in _MEDIA and not content and not payload.media_url:
         return ErrorCode.VALIDATION_FAILED, "a media message needs media_url or content"
     return None

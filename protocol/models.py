@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from datetime import datetime
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -74,6 +74,43 @@ class Role(StrEnum):
     MEMBER = "member"
 
 
+class LastSeen(StrEnum):
+    """Who sees whether and when a person was online. `contacts` are those one shares a conversation with."""
+
+    EVERYONE = "everyone"
+    CONTACTS = "contacts"
+    NOBODY = "nobody"
+
+
+class EventKind(StrEnum):
+    """What a system message says. The first group changes a conversation's state, the second a message of it."""
+
+    CREATED = "created"
+    ADDED = "added"
+    REMOVED = "removed"
+    LEFT = "left"
+    BANNED = "banned"
+    UNBANNED = "unbanned"
+    ROLES = "roles"
+    RENAMED = "renamed"
+    SILENCED = "silenced"
+    DISAPPEARING = "disappearing"
+
+    EDITED = "edited"
+    DELETED = "deleted"
+    HIDDEN = "hidden"
+    REACTED = "reacted"
+    UNREACTED = "unreacted"
+
+
+JOINING: Final = frozenset((EventKind.CREATED, EventKind.ADDED))
+LEAVING: Final = frozenset((EventKind.REMOVED, EventKind.LEFT, EventKind.BANNED))
+"""A ban of somebody who is in the group ends their stay."""
+MESSAGE_EVENTS: Final = frozenset(
+    (EventKind.EDITED, EventKind.DELETED, EventKind.HIDDEN, EventKind.REACTED, EventKind.UNREACTED)
+)
+
+
 class User(msgspec.Struct, kw_only=True, frozen=True):
     """A person or agent account. `phone` and `email` are unique where they are strings."""
 
@@ -87,8 +124,18 @@ class User(msgspec.Struct, kw_only=True, frozen=True):
     status: UserStatus
 
 
+class Privacy(msgspec.Struct, kw_only=True, frozen=True):
+    """What an account shows of itself. Without `read_receipts` nobody is told what it has read."""
+
+    last_seen: LastSeen = LastSeen.EVERYONE
+    read_receipts: bool = True
+
+
 class Conversation(msgspec.Struct, kw_only=True, frozen=True):
-    """A 1:1 or group conversation. `participants` holds the ids of those who are in it now."""
+    """A 1:1 or group conversation. `participants` holds the ids of those who are in it now.
+
+    `disappearing_seconds`: how long the content of a message sent from now on is kept; left out: for ever.
+    """
 
     conversation_id: str | UnsetType = msgspec.field(name="_id", default=UNSET)
     user_id: str
@@ -98,6 +145,8 @@ class Conversation(msgspec.Struct, kw_only=True, frozen=True):
     last_sequence_number: int
     last_message_at: datetime | UnsetType = UNSET
     created_at: datetime
+    title: str | UnsetType = UNSET
+    disappearing_seconds: int | UnsetType = UNSET
 
 
 class Membership(msgspec.Struct, kw_only=True, frozen=True):
@@ -106,6 +155,10 @@ class Membership(msgspec.Struct, kw_only=True, frozen=True):
     `delivered_seq` and `read_seq` are watermarks and only grow. `read_countable` is the number of countable messages
     up to the read mark, so unread = countable at the head - `read_countable`. `devices` maps a device to the
     last sequence it acknowledged. Visible to the member: `join_seq` ≤ sequence ≤ `leave_seq`.
+
+    `silenced_until`: an admin's word, the member cannot send before. `hide_reads`: nobody is told what this member has
+    read. `blocks`: in a 1:1 conversation, this member takes nothing from the other. `muted_until`, `archived` and
+    `pinned_at` are the member's own order of things; nobody else sees them.
     """
 
     membership_id: str = msgspec.field(name="_id")
@@ -118,6 +171,12 @@ class Membership(msgspec.Struct, kw_only=True, frozen=True):
     read_seq: int
     read_countable: int
     devices: dict[str, int]
+    silenced_until: datetime | UnsetType = UNSET
+    hide_reads: bool | UnsetType = UNSET
+    blocks: bool | UnsetType = UNSET
+    muted_until: datetime | UnsetType = UNSET
+    archived: bool | UnsetType = UNSET
+    pinned_at: datetime | UnsetType = UNSET
 
 
 class MessagePayload(msgspec.Struct, kw_only=True, frozen=True, gc=False):
@@ -130,12 +189,23 @@ class MessagePayload(msgspec.Struct, kw_only=True, frozen=True, gc=False):
     media_url: Annotated[str, Meta(max_length=2048)] | None = None
     reply_to_message_id: Id | None = None
     timestamp: EpochMs
+    forwarded: bool = False
+
+
+class Reaction(msgspec.Struct, kw_only=True, frozen=True, gc=False):
+    user_id: str
+    emoji: str
 
 
 class StoredMessage(msgspec.Struct, kw_only=True, frozen=True, gc=False):
     """A committed message as a viewer sees it: one entry of its conversation's log.
 
     `idempotency_key` is set for the sender only. `status` is as the viewer sees it (see `protocol.watermarks`).
+
+    `content` is what to show now. Where that is not what was committed here (edited, deleted, disappeared, hidden),
+    `content_hash` is the hexadecimal BLAKE2b-128 of the original, so that the digest chain can still be folded.
+    `deleted_at`: the content is gone, for everybody or for this viewer. `target_message_id`: the message that a
+    system message of `MESSAGE_EVENTS` is about; of a `hidden` one only its actor sees it.
     """
 
     message_id: str | UnsetType = msgspec.field(name="_id", default=UNSET)
@@ -151,6 +221,13 @@ class StoredMessage(msgspec.Struct, kw_only=True, frozen=True, gc=False):
     timestamp: datetime
     status: MessageStatus
     created_at: datetime
+    forwarded: bool | UnsetType = UNSET
+    target_message_id: str | UnsetType = UNSET
+    expires_at: datetime | UnsetType = UNSET
+    edited_at: datetime | UnsetType = UNSET
+    deleted_at: datetime | UnsetType = UNSET
+    content_hash: str | UnsetType = UNSET
+    reactions: list[Reaction] | UnsetType = UNSET
 
 
 class MessageDocument(StoredMessage, kw_only=True, frozen=True, gc=False):
@@ -162,6 +239,10 @@ class MessageDocument(StoredMessage, kw_only=True, frozen=True, gc=False):
 
     digest: bytes
     countable: int
+    hidden_for: str | UnsetType = UNSET
+    """Of a `hidden` entry: its actor."""
+    hidden_by: list[str] | UnsetType = UNSET
+    """Who has deleted this message for themselves."""
 
 
 class IdempotencyKey(msgspec.Struct, kw_only=True, frozen=True):
@@ -215,13 +296,24 @@ class Presence(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class SystemEvent(msgspec.Struct, kw_only=True, frozen=True):
-    """JSON content of a system message: one step of a group's state. `event`: created, added, removed, left."""
+    """JSON content of a system message: one step of a conversation's state, or a change of one of its messages.
 
-    event: str
+    `targets`: user ids, or the id of the one message that an event of `MESSAGE_EVENTS` is about (none for `hidden`,
+    which shows the others only a `commitment`). `until`: epoch ms, 0 for no longer silenced. `seconds`: 0 for no
+    longer disappearing. `content`: what an edited message says now, opaque as the message was.
+    """
+
+    event: EventKind
     actor: str
     targets: list[str]
     version: int = 1
     roles: dict[str, Role] | UnsetType = UNSET
+    title: str | UnsetType = UNSET
+    until: int | UnsetType = UNSET
+    seconds: int | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+    emoji: str | UnsetType = UNSET
+    commitment: str | UnsetType = UNSET
 
 
 def to_document(model: msgspec.Struct) -> dict[str, Any]:

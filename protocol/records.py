@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import msgspec
 
-from protocol.errors import ErrorCode
-from protocol.models import ConversationType, MessageType
+from protocol.errors import AuthErrorCode, ErrorCode
+from protocol.models import ConversationType, MessageType, Role, UserStatus
 
 
 class Record(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -21,7 +21,10 @@ class Record(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 
 class SendMessage(Record, tag="m", frozen=True, gc=False):
-    """A client's message, checked by the gateway, not yet accepted by the conversation."""
+    """A client's message, checked at the door (`limits.check_message`), not yet accepted by the conversation.
+
+    From a connection it is answered with an `Outcome`; from REST (`request` set) with a `CommandOutcome`.
+    """
 
     instance: str
     connection: int
@@ -36,6 +39,49 @@ class SendMessage(Record, tag="m", frozen=True, gc=False):
     media_url: str | None
     reply_to_message_id: str | None
     timestamp: int
+    forwarded: bool = False
+    request: str = ""
+
+
+class Edit(Record, tag="e", frozen=True, gc=False):
+    content: str
+
+
+class Delete(Record, tag="d", frozen=True, gc=False):
+    """For everybody, or for the actor alone."""
+
+    for_all: bool
+
+
+class React(Record, tag="r", frozen=True, gc=False):
+    emoji: str
+    add: bool
+
+
+class ChangeMessage(Record, tag="e", frozen=True, gc=False):
+    """An edit, a deletion or a reaction: becomes an entry of the log that names its target.
+
+    Answered as `SendMessage` is, with a `message_ack` of the entry.
+    """
+
+    instance: str
+    connection: int
+    request: str
+    sender_id: str
+    device_id: str
+    conversation_id: str
+    client_message_id: str
+    idempotency_key: str
+    message_id: str
+    change: Edit | Delete | React
+
+
+class Typing(Record, tag="t", frozen=True, gc=False):
+    """Somebody writes, or has stopped: told to the other members who are online, never stored."""
+
+    user_id: str
+    conversation_id: str
+    started: bool
 
 
 class DeliveredMark(Record, frozen=True, gc=False):
@@ -68,6 +114,7 @@ class CreateConversation(Record, tag="c", frozen=True, gc=False):
     actor: str
     participants: list[str]
     agent_id: str
+    title: str = ""
 
 
 class AddParticipants(Record, tag="a", frozen=True, gc=False):
@@ -88,8 +135,73 @@ class RemoveParticipant(Record, tag="d", frozen=True, gc=False):
     user_id: str
 
 
-GroupCommand = CreateConversation | AddParticipants | RemoveParticipant
-IngestRecord = SendMessage | Receipts | CreateConversation | AddParticipants | RemoveParticipant
+class SetRole(Record, tag="role", frozen=True, gc=False):
+    user_id: str
+    role: Role
+
+
+class Rename(Record, tag="rename", frozen=True, gc=False):
+    title: str
+
+
+class Silence(Record, tag="silence", frozen=True, gc=False):
+    """`until`: epoch ms; 0 lets the member speak again."""
+
+    user_id: str
+    until: int
+
+
+class Ban(Record, tag="ban", frozen=True, gc=False):
+    """Out, if in, and not to be added again before `Unban`."""
+
+    user_id: str
+
+
+class Unban(Record, tag="unban", frozen=True, gc=False):
+    user_id: str
+
+
+class SetDisappearing(Record, tag="disappear", frozen=True, gc=False):
+    """`seconds`: how long content sent from now on is kept; 0 for ever."""
+
+    seconds: int
+
+
+class ChangeConversation(Record, tag="u", frozen=True, gc=False):
+    """Any other step of a conversation's state: becomes a system message. Answered by `CommandOutcome`."""
+
+    instance: str
+    request: str
+    command_id: str
+    conversation_id: str
+    actor: str
+    change: SetRole | Rename | Silence | Ban | Unban | SetDisappearing
+
+
+class SetMember(Record, tag="s", frozen=True, gc=False):
+    """What an account's settings mean in one conversation (None: as it was). No entry of the log, no answer: REST has
+    stored the account's side of it, and the stream brings it to the conversation's owner."""
+
+    conversation_id: str
+    user_id: str
+    hide_reads: bool | None
+    blocks: bool | None
+
+
+GroupCommand = CreateConversation | AddParticipants | RemoveParticipant | ChangeConversation
+LogRecord = SendMessage | ChangeMessage | GroupCommand | SetMember
+"""What a shard's owner takes in order; receipts and typing overtake it."""
+IngestRecord = (
+    SendMessage
+    | ChangeMessage
+    | Receipts
+    | Typing
+    | CreateConversation
+    | AddParticipants
+    | RemoveParticipant
+    | ChangeConversation
+    | SetMember
+)
 
 
 # --- query: gateway → any worker -------------------------------------------------------------------------------------
@@ -98,7 +210,8 @@ IngestRecord = SendMessage | Receipts | CreateConversation | AddParticipants | R
 class OpenQuery(Record, tag="o", frozen=True, gc=False):
     """A device authenticated (or sent `sync`): which conversations, how far is it, how far are they.
 
-    `cursors` overrides the device's stored cursors. Answered by `OpenAnswer`.
+    `cursors` overrides the device's stored cursors. `issued_ms`: when the token was made, so that a worker can tell
+    whether the device was revoked since. Answered by `OpenAnswer`.
     """
 
     instance: str
@@ -106,6 +219,7 @@ class OpenQuery(Record, tag="o", frozen=True, gc=False):
     user_id: str
     device_id: str
     cursors: dict[str, int]
+    issued_ms: int = 0
 
 
 class PageQuery(Record, tag="p", frozen=True, gc=False):
@@ -148,7 +262,16 @@ class HeadsQuery(Record, tag="s", frozen=True, gc=False):
     user_ids: list[str]
 
 
-Query = OpenQuery | PageQuery | RangeQuery | HistoryQuery | HeadsQuery
+class PresenceQuery(Record, tag="w", frozen=True, gc=False):
+    """May this user watch these people, and how are they? Answered by `PresenceAnswer`."""
+
+    instance: str
+    connection: int
+    user_id: str
+    user_ids: list[str]
+
+
+Query = OpenQuery | PageQuery | RangeQuery | HistoryQuery | HeadsQuery | PresenceQuery
 
 
 # --- down: worker → one instance -------------------------------------------------------------------------------------
@@ -194,11 +317,12 @@ class OpenHead(Record, frozen=True, gc=False):
 
 
 class OpenAnswer(Record, tag="O", frozen=True, gc=False):
-    """Answer to `OpenQuery`: `unread` over all live memberships."""
+    """Answer to `OpenQuery`: `unread` over all live memberships; or why the token is no longer good."""
 
     connection: int
     unread: int
     heads: list[OpenHead]
+    refusal: AuthErrorCode | None = None
 
 
 class PageAnswer(Record, tag="P", frozen=True, gc=False):
@@ -234,6 +358,21 @@ class HeadsAnswer(Record, tag="S", frozen=True, gc=False):
     heads: list[UserHead]
 
 
+class Watched(Record, frozen=True, gc=False):
+    """`last_seen`: epoch ms; 0 where it is not known or not shown."""
+
+    user_id: str
+    status: UserStatus
+    last_seen: int
+
+
+class PresenceAnswer(Record, tag="W", frozen=True, gc=False):
+    """Those of the people asked for whom this connection's user may watch, as they are now."""
+
+    connection: int
+    people: list[Watched]
+
+
 class Replaced(Record, tag="X", frozen=True, gc=False):
     """From gateway to gateway: the device of this connection has connected elsewhere, the newest wins."""
 
@@ -241,9 +380,9 @@ class Replaced(Record, tag="X", frozen=True, gc=False):
 
 
 class CommandOutcome(Record, tag="C", frozen=True, gc=False):
-    """Answer to a group command for the REST request that waits.
+    """Answer to a command for the REST request that waits.
 
-    `code` is None on success; `body` is JSON (the conversation).
+    `code` is None on success; `body` is JSON: the conversation, or the `message_ack` payload of a message.
     """
 
     request: str
@@ -252,8 +391,59 @@ class CommandOutcome(Record, tag="C", frozen=True, gc=False):
     body: bytes
 
 
-DownItem = Outcome | Delivery | Notice | OpenAnswer | PageAnswer | Reply | HeadsAnswer | CommandOutcome | Replaced
+DownItem = (
+    Outcome
+    | Delivery
+    | Notice
+    | OpenAnswer
+    | PageAnswer
+    | Reply
+    | HeadsAnswer
+    | PresenceAnswer
+    | CommandOutcome
+    | Replaced
+)
 """One stream entry on `down:{instance}` holds a list of these, in order."""
+
+
+# --- pub/sub: what all gateways that care hear at once; lost where nobody listens ------------------------------------
+
+
+class Revoked(msgspec.Struct, tag="revoked", frozen=True):
+    """On `user:{user_id}`: tokens of this device (empty: of all) made before `before_ms` are no longer good."""
+
+    device_id: str
+    before_ms: int
+
+
+class Tell(msgspec.Struct, tag="tell", frozen=True):
+    """On `user:{user_id}` and `notification:{user_id}`: a JSON frame for the user's devices (empty: all of them)."""
+
+    frame: msgspec.Raw
+    device_id: str = ""
+
+
+UserSignal = Revoked | Tell
+
+
+class PresenceChange(msgspec.Struct, frozen=True):
+    """On `presence:{user_id}`. `hidden_from`: a user id, or `*`, who may no longer watch this person."""
+
+    status: UserStatus
+    last_seen: int
+    hidden_from: str = ""
+
+
+class MigrationTicket(msgspec.Struct, frozen=True):
+    """Value of `migration:{hash}`: what the session token of a `migration` frame stands for; taken once.
+
+    Times in epoch ms: when the original token ends, and when it was made.
+    """
+
+    user_id: str
+    device_id: str
+    expires_ms: int
+    issued_ms: int
 
 
 # --- instances -------------------------------------------------------------------------------------------------------

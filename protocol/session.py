@@ -1,110 +1,75 @@
-"""Sans-IO state machine of one client connection. All state of a connection's protocol lives in this file.
+"""Sans-IO state machine of one client connection: what it may say when, and what follows from it.
 
 Frames and answers go in, commands (`commands.py`) come out; both transports of the gateway drive the same session.
 `now` is seconds of a monotonic clock, `wall_ms` epoch milliseconds. No method awaits, so each is atomic.
 
-What a session keeps for delivery is one cursor per conversation: the last sequence handed to this connection. A
-delivery that continues the cursor is sent; one that does not (a gap, a lagging socket, a backlog under way) is dropped
-and the conversation is put into `behind`, from where pages of the log are asked one at a time, round-robin, until the
-cursor has caught up. So nothing is buffered here, whatever a client does.
+What a connection has been given of each conversation, and how it catches up, is the base class: `backlog.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import Enum
-from typing import TYPE_CHECKING, Final
+from typing import Final, assert_never
 
 import msgspec
 
 from protocol import frames, records
-from protocol.commands import PING, Acknowledge, Ask, Attach, Close, Command, Publish, Send, SendEncoded, Verify
+from protocol.backlog import Backlog, State
+from protocol.commands import (
+    PING,
+    Acknowledge,
+    Ask,
+    Attach,
+    Close,
+    Command,
+    Publish,
+    Send,
+    Signal,
+    Unwatch,
+    Verify,
+    Watch,
+)
 from protocol.errors import AuthErrorCode, CloseCode, ErrorCode, LocalProtocolError, RemoteProtocolError
-from protocol.limits import Limits, TokenBucket, check_message
+from protocol.limits import Limits, TokenBucket, check_content, check_message
 
-if TYPE_CHECKING:
-    from protocol.models import MessagePayload
-
-
-class State(Enum):
-    AWAITING_AUTH = "awaiting_auth"
-    OPENING = "opening"
-    """Token accepted; waiting for a worker to say where the user's conversations stand."""
-    LIVE = "live"
-    CLOSED = "closed"
+_Refusal = tuple[ErrorCode, str, int | None]
+"""(code, reason, retry_after_ms)"""
 
 
-class _Sync:
-    """A backlog run from an `OpenQuery` to `sync_complete`; lives only as long."""
-
-    __slots__ = ("answered", "asked", "early", "heads", "is_rewind", "reply_auth", "unread")
-
-    def __init__(self, asked: dict[str, int], is_rewind: bool, reply_auth: bool) -> None:
-        self.asked = asked
-        self.is_rewind = is_rewind
-        """The client named the cursors: they may lie behind what this connection was already given."""
-        self.reply_auth = reply_auth
-        self.answered = False
-        self.early: dict[str, int] = {}
-        self.heads: dict[str, frames.Head] = {}
-        self.unread = 0
-
-
-class Session:
+class Session(Backlog):
     """One connection's protocol state. `connection` and `instance` are its return address in every record."""
 
     __slots__ = (
-        "_asked_at",
-        "_asking",
         "_bad_count",
         "_bad_since",
-        "_deadline",
         "_expires_at",
         "_handlers",
-        "_limits",
         "_lookups",
         "_messages",
+        "_migrating",
         "_ping_at",
         "_rate_count",
         "_rate_since",
         "_resume",
-        "_sync",
-        "behind",
-        "connection",
-        "cursors",
-        "device_id",
+        "_typing",
         "heard_at",
         "in_flight",
-        "instance",
-        "lagging",
         "session_id",
-        "state",
-        "user_id",
     )
 
     def __init__(self, instance: str, connection: int, limits: Limits, now: float) -> None:
-        self.instance = instance
-        self.connection = connection
-        self.user_id = ""
-        self.device_id = ""
+        super().__init__(instance, connection, limits, now)
         self.session_id = ""
         self.heard_at = now
         """When the last byte came; the transport writes it."""
-        self.lagging = False
         self.in_flight: dict[str, tuple[float, str]] | None = None
         """Idempotency key → (deadline of its outcome, client_message_id)."""
-        self.cursors: dict[str, int] | None = None
-        """Conversation → last sequence handed to this connection."""
-        self.behind: dict[str, int] | None = None
-        """Conversation → greatest sequence known to exist behind its cursor; in round-robin order."""
-        self._limits = limits
-        self._asking: str | None = None
-        self._asked_at = 0.0
-        self._deadline = now + limits.auth_timeout_seconds
         self._ping_at = now + limits.heartbeat_seconds
         self._expires_at = float("inf")
+        self._migrating = False
         self._resume: dict[str, int] = {}
-        self._sync: _Sync | None = None
+        self._typing: dict[str, tuple[float, float]] | None = None
+        """Conversation → (when it was last passed on, when it ends by itself)."""
         self._messages: TokenBucket | None = None
         self._lookups: TokenBucket | None = None
         self._bad_count = self._rate_count = 0
@@ -165,22 +130,14 @@ class Session:
     def _on_message(self, frame: frames.Message, now: float, wall_ms: int) -> list[Command]:
         payload = frame.payload
         key = frame.idempotency_key
-        refusal = self._check_message(payload, now)
+        refusal = self._spend(now)
+        if refusal is None and (unfit := check_message(payload, self._limits)) is not None:
+            refusal = (*unfit, None)
         if refusal is not None:
-            code, reason, retry_after_ms = refusal
-            if code is ErrorCode.RATE_LIMITED and self._too_many_rate_errors(now):
-                return self.close(CloseCode.RATE)
-            return [
-                Send.error(
-                    code,
-                    reason,
-                    client_message_id=frame.client_message_id,
-                    idempotency_key=key,
-                    conversation_id=payload.conversation_id,
-                    retry_after_ms=retry_after_ms,
-                )
-            ]
+            return self._refuse_send(refusal, frame.client_message_id, key, payload.conversation_id, now)
         client_message_id = frame.client_message_id or ""
+        if self._typing:
+            self._typing.pop(payload.conversation_id, None)
         if self.in_flight is None:
             self.in_flight = {}
         self.in_flight[key] = (now + self._limits.ack_timeout_seconds, client_message_id)
@@ -200,18 +157,69 @@ class Session:
                     payload.media_url,
                     payload.reply_to_message_id,
                     payload.timestamp,
+                    payload.forwarded,
                 )
             )
         ]
 
-    def _check_message(self, payload: MessagePayload, now: float) -> tuple[ErrorCode, str, int | None] | None:
-        """Why this message is refused before it goes anywhere, or None. A refused key is not consumed."""
+    def _on_change(
+        self, frame: frames.MessageEdit | frames.MessageDelete | frames.MessageReaction, now: float, wall_ms: int
+    ) -> list[Command]:
+        payload = frame.payload
+        key = payload.idempotency_key
+        change = message_change(frame)
+        refusal = self._spend(now)
+        if refusal is None and isinstance(change, records.Edit):
+            too_bad = check_content(change.content, self._limits.max_content_bytes)
+            refusal = None if too_bad is None else (*too_bad, None)
+        if refusal is not None:
+            return self._refuse_send(refusal, payload.client_message_id, key, payload.conversation_id, now)
+        client_message_id = payload.client_message_id or ""
+        if self.in_flight is None:
+            self.in_flight = {}
+        self.in_flight[key] = (now + self._limits.ack_timeout_seconds, client_message_id)
+        return [
+            Publish(
+                records.ChangeMessage(
+                    self.instance,
+                    self.connection,
+                    "",
+                    self.user_id,
+                    self.device_id,
+                    payload.conversation_id,
+                    client_message_id,
+                    key,
+                    payload.message_id,
+                    change,
+                )
+            )
+        ]
+
+    def _spend(self, now: float) -> _Refusal | None:
+        """Take one message from the user's rate, or say how long to wait."""
         if self._messages is not None:
             wait = self._messages.take(now)
             if wait > 0.0:
                 return ErrorCode.RATE_LIMITED, "too many messages", int(wait * 1000) + 1
-        refusal = check_message(payload, self._limits)
-        return None if refusal is None else (*refusal, None)
+        return None
+
+    def _refuse_send(
+        self, refusal: _Refusal, client_message_id: str | None, key: str, conversation_id: str, now: float
+    ) -> list[Command]:
+        """Refused before it went anywhere; the key is not consumed."""
+        code, reason, retry_after_ms = refusal
+        if code is ErrorCode.RATE_LIMITED and self._too_many_rate_errors(now):
+            return self.close(CloseCode.RATE)
+        return [
+            Send.error(
+                code,
+                reason,
+                client_message_id=client_message_id,
+                idempotency_key=key,
+                conversation_id=conversation_id,
+                retry_after_ms=retry_after_ms,
+            )
+        ]
 
     def _too_many_rate_errors(self, now: float) -> bool:
         if now - self._rate_since > self._limits.error_window_seconds:
@@ -264,14 +272,6 @@ class Session:
             self._start_sync(cursors, is_rewind=True, reply_auth=False, now=now)
         return commands
 
-    def _start_sync(self, asked: dict[str, int], *, is_rewind: bool, reply_auth: bool, now: float) -> None:
-        running = self._sync
-        if running is not None and not running.answered:
-            reply_auth = reply_auth or running.reply_auth
-        self._sync = _Sync(asked, is_rewind, reply_auth)
-        self._deadline = now + self._limits.open_timeout_seconds
-        self._asked_at = now
-
     def _look_up(self, query: records.Query, conversation_id: str | None, tag: str, now: float) -> list[Command]:
         if self._lookups is None:
             rate = self._limits.lookup_rate
@@ -291,6 +291,39 @@ class Session:
             ]
         return [Ask(query)]
 
+    def _on_typing(self, frame: frames.Typing, now: float, wall_ms: int) -> list[Command]:
+        """Pass on the first `start` and every `stop` that ends one; the rest is dropped without a word."""
+        conversation_id = frame.payload.conversation_id
+        running = self._typing or {}
+        told, _ = running.get(conversation_id, (float("-inf"), 0.0))
+        if frame.payload.state is frames.TypingState.STOP:
+            if running.pop(conversation_id, None) is None:
+                return []
+            return [Signal(records.Typing(self.user_id, conversation_id, False))]
+        if now - told < self._limits.typing_spacing_seconds:
+            return []
+        if conversation_id not in running and len(running) >= self._limits.typing_conversations:
+            return []
+        running[conversation_id] = (now, now + self._limits.typing_seconds)
+        self._typing = running
+        return [Signal(records.Typing(self.user_id, conversation_id, True))]
+
+    def _stop_typing(self, now: float) -> list[Command]:
+        """Whoever went silent while writing has stopped."""
+        over = [name for name, (_, ends) in (self._typing or {}).items() if now >= ends]
+        for name in over:
+            del self._typing[name]  # type: ignore[union-attr]
+        return [Signal(records.Typing(self.user_id, name, False)) for name in over]
+
+    def _on_presence_subscribe(self, frame: frames.PresenceSubscribe, now: float, wall_ms: int) -> list[Command]:
+        user_ids = frame.payload.user_ids
+        query = records.PresenceQuery(self.instance, self.connection, self.user_id, user_ids)
+        commands = self._look_up(query, None, "presence_subscribe", now)
+        return [Watch(user_ids), *commands] if commands and isinstance(commands[0], Ask) else commands
+
+    def _on_presence_unsubscribe(self, frame: frames.PresenceUnsubscribe, now: float, wall_ms: int) -> list[Command]:
+        return [Unwatch(frame.payload.user_ids)]
+
     def _on_goodbye(self, frame: frames.Goodbye, now: float, wall_ms: int) -> list[Command]:
         return self.close(CloseCode.NORMAL)
 
@@ -304,11 +337,13 @@ class Session:
         expires_at: float,
         bucket: TokenBucket | None,
         now: float,
+        issued_ms: int = 0,
     ) -> list[Command]:
         """The token is good until `expires_at` (monotonic). `bucket`: the user's message rate, for all its devices."""
         if self.state is State.CLOSED or self.state is State.OPENING:
             return []
         self._expires_at = expires_at
+        self.issued_ms = issued_ms
         if self.state is State.LIVE:
             if user_id != self.user_id or device_id != self.device_id:
                 return [
@@ -335,9 +370,6 @@ class Session:
         }.get(error, CloseCode.AUTH)
         return self._shut(error, code, retry_after_ms)
 
-    def _open_query(self, cursors: dict[str, int]) -> records.OpenQuery:
-        return records.OpenQuery(self.instance, self.connection, self.user_id, self.device_id, cursors)
-
     # --- answers and deliveries in -----------------------------------------------------------------------------------
 
     def opened(self, answer: records.OpenAnswer, now: float, wall_ms: int) -> list[Command]:
@@ -345,30 +377,14 @@ class Session:
         sync = self._sync
         if sync is None or sync.answered or self.state is State.CLOSED:
             return []
+        if answer.refusal is not None:
+            return self.refuse(answer.refusal)
         commands: list[Command] = []
         if sync.reply_auth:
             commands.append(Send(self._auth_success(answer.unread, wall_ms)))
         self._enter(State.LIVE)
-        self._deadline = float("inf")
-        sync.answered = True
         sync.unread = answer.unread
-        cursors = self.cursors or {}
-        behind: dict[str, int] = {}
-        missed = sync.early
-        if self.behind:
-            missed.update(self.behind)
-        for head in answer.heads:
-            conversation_id = head.conversation_id
-            before = cursors.get(conversation_id, 0)
-            known = max(head.head, missed.pop(conversation_id, 0), before)
-            cursor = cursors[conversation_id] = head.cursor if sync.is_rewind else max(head.cursor, before)
-            if known > cursor:
-                behind[conversation_id] = known
-            sync.heads[conversation_id] = frames.Head(sequence_number=head.head, digest=head.digest.hex())
-        behind.update(missed)
-        self.cursors = cursors
-        self.behind = behind or None
-        self._asking = None
+        self._take_heads(sync, answer.heads)
         commands.extend(self.pump(now, wall_ms))
         return commands
 
@@ -383,99 +399,6 @@ class Session:
                 resumed=bool(self._resume),
             )
         )
-
-    def deliver(self, conversation_id: str, from_sequence: int, to_sequence: int) -> bool:
-        """May the live frame that holds from..to be written now?
-
-        False also marks the conversation as behind where it is; the caller then calls `pump`.
-        """
-        cursors = self.cursors
-        if cursors is None:
-            if self._sync is not None:
-                self._sync.early[conversation_id] = to_sequence
-            return False
-        cursor = cursors.get(conversation_id, 0)
-        if to_sequence <= cursor:
-            return False
-        behind = self.behind
-        if from_sequence == cursor + 1 and not self.lagging and (behind is None or conversation_id not in behind):
-            cursors[conversation_id] = to_sequence
-            return True
-        self._fall_behind(conversation_id, to_sequence)
-        return False
-
-    def _fall_behind(self, conversation_id: str, known: int) -> None:
-        if self.behind is None:
-            self.behind = {}
-        if known > self.behind.get(conversation_id, 0):
-            self.behind[conversation_id] = known
-
-    def head_seen(self, conversation_id: str, head: int) -> bool:
-        """The sweep saw this head. True when the cursor has not reached it: call `note_head` if that stays so."""
-        return self.cursors is not None and head > self.cursors.get(conversation_id, 0)
-
-    def note_head(self, conversation_id: str, head: int) -> None:
-        """A push vanished: page the log. The caller calls `pump`."""
-        if self.head_seen(conversation_id, head):
-            self._fall_behind(conversation_id, head)
-
-    def page(self, answer: records.PageAnswer, now: float, wall_ms: int) -> list[Command]:
-        """A page of the log arrived: send it, move the cursor, ask for the next."""
-        conversation_id = answer.conversation_id
-        if self._asking != conversation_id or self.cursors is None or self.behind is None:
-            return []
-        cursor = self.cursors.get(conversation_id, 0)
-        if answer.from_sequence != cursor + 1:
-            return []  # a late answer to a question that was asked again from elsewhere
-        self._asking = None
-        commands: list[Command] = []
-        progress = answer.to_sequence > cursor
-        if progress:
-            if answer.frame:
-                commands.append(SendEncoded(answer.frame))
-            cursor = self.cursors[conversation_id] = answer.to_sequence
-            if self._sync is not None:
-                self._sync.heads[conversation_id] = frames.Head(
-                    sequence_number=answer.to_sequence, digest=answer.digest.hex()
-                )
-        known = self.behind.pop(conversation_id, 0)
-        if answer.has_more or (progress and known > cursor):
-            self.behind[conversation_id] = known
-        elif not self.behind:
-            self.behind = None
-        commands.extend(self.pump(now, wall_ms))
-        return commands
-
-    def pump(self, now: float, wall_ms: int) -> list[Command]:
-        """Ask for the next page where one is wanted and none is under way; `sync_complete` where nothing is behind.
-
-        The transport calls it whenever its outbox has room again.
-        """
-        if self.state is not State.LIVE or self._asking is not None or self.lagging:
-            return []
-        if self.behind:
-            conversation_id = next(iter(self.behind))
-            self._asking = conversation_id
-            self._asked_at = now
-            after = 0 if self.cursors is None else self.cursors.get(conversation_id, 0)
-            return [
-                Ask(
-                    records.PageQuery(
-                        self.instance, self.connection, self.user_id, conversation_id, after, self._limits.page_limit
-                    )
-                )
-            ]
-        sync = self._sync
-        if sync is None or not sync.answered:
-            return []
-        self._sync = None
-        return [
-            Send(
-                frames.SyncComplete(
-                    payload=frames.SyncCompletePayload(heads=sync.heads, unread_count=sync.unread, server_time=wall_ms)
-                )
-            )
-        ]
 
     def outcome(self, idempotency_key: str) -> None:
         """A send was committed or refused: its place in the window is free."""
@@ -502,10 +425,20 @@ class Session:
 
     # --- the connection's fate ---------------------------------------------------------------------------------------
 
+    def migrate(self, endpoint: str, session_token: str) -> list[Command]:
+        """This gateway ends: the client is told where to go. Its connection is served until it has gone."""
+        if self.state is not State.LIVE:
+            return []
+        self._migrating = True
+        payload = frames.MigrationPayload(new_endpoint=endpoint, session_token=session_token)
+        return [Send(frames.Migration(payload=payload))]
+
     def replaced(self) -> list[Command]:
         """The same user and device connected again: the newest wins."""
         if self.state is State.CLOSED:
             return []
+        if self._migrating:
+            return self.close(CloseCode.RESTART)
         return [Send.error(ErrorCode.REPLACED, "this device connected again"), *self.close(CloseCode.REPLACED)]
 
     def closed(self) -> None:
@@ -542,6 +475,8 @@ class Session:
         if self._sync is not None and not self._sync.answered and now >= self._deadline:
             self._deadline = now + self._limits.open_timeout_seconds
             commands.append(Ask(self._open_query(self._sync.asked)))
+        if self._typing:
+            commands.extend(self._stop_typing(now))
         commands.extend(self.pump(now, wall_ms))
         return commands
 
@@ -551,7 +486,7 @@ class Session:
             return self._deadline
         if self.state is State.OPENING:
             return min(self._deadline, self._asked_at + self._limits.ask_timeout_seconds)
-        if self.in_flight or self._asking is not None or self._sync is not None:
+        if self.in_flight or self._asking is not None or self._sync is not None or self._typing:
             return now + 1.0
         return min(
             max(self.heard_at + self._limits.heartbeat_seconds, self._ping_at),
@@ -575,6 +510,21 @@ class Session:
         return [Close(code)]
 
 
+def message_change(
+    frame: frames.MessageEdit | frames.MessageDelete | frames.MessageReaction,
+) -> records.Edit | records.Delete | records.React:
+    """What a frame changes, as the record says it."""
+    match frame:
+        case frames.MessageEdit(payload=payload):
+            return records.Edit(payload.content)
+        case frames.MessageDelete(payload=payload):
+            return records.Delete(payload.scope is frames.DeleteScope.ALL)
+        case frames.MessageReaction(payload=payload):
+            return records.React(payload.emoji, payload.op is frames.ReactionOp.ADD)
+        case _:
+            assert_never(frame)
+
+
 _Handler = Callable[..., list[Command]]
 
 TRANSITIONS: Final[dict[State, dict[type, _Handler]]] = {
@@ -592,6 +542,12 @@ TRANSITIONS: Final[dict[State, dict[type, _Handler]]] = {
         frames.Retransmit: Session._on_retransmit,
         frames.Sync: Session._on_sync,
         frames.History: Session._on_history,
+        frames.MessageEdit: Session._on_change,
+        frames.MessageDelete: Session._on_change,
+        frames.MessageReaction: Session._on_change,
+        frames.Typing: Session._on_typing,
+        frames.PresenceSubscribe: Session._on_presence_subscribe,
+        frames.PresenceUnsubscribe: Session._on_presence_unsubscribe,
         frames.Goodbye: Session._on_goodbye,
     },
     State.CLOSED: {},

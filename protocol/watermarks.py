@@ -45,12 +45,17 @@ def unread(head_countable: int, read_countable: int) -> int:
     return max(0, head_countable - read_countable)
 
 
-def chain_digest(previous: bytes, message_id: str, sender_id: str, sequence: int, content: str) -> bytes:
-    """The next link: BLAKE2b-128 over previous digest, message id, sender, sequence and the BLAKE2b-128 of the content.
+def content_hash(content: str) -> bytes:
+    """BLAKE2b-128 of a message's content (RFC 7693)."""
+    return blake2b(content.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest()
+
+
+def chain_digest(previous: bytes, message_id: str, sender_id: str, sequence: int, hashed: bytes) -> bytes:
+    """The next link: BLAKE2b-128 over previous digest, message id, sender, sequence and `content_hash`.
 
     Two logs have the same digest at a sequence if and only if they hold the same messages up to it, so a
-    missing, doubled, reordered or altered entry is visible (BLAKE2: RFC 7693).
+    missing, doubled, reordered or altered entry is visible. The hash of a content stays when the content goes, so
+    deleting it breaks no chain.
     """
-    content_hash = blake2b(content.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest()
     link = f"{message_id}\0{sender_id}\0{sequence}\0".encode()
-    return blake2b(previous + link + content_hash, digest_size=DIGEST_BYTES).digest()
+    return blake2b(previous + link + hashed, digest_size=DIGEST_BYTES).digest()

@@ -107,6 +107,7 @@ class Broker:
         self._settle = client.register_script((LUA / "settle.lua").read_bytes())
         self._hold = client.register_script((LUA / "hold_leases.lua").read_bytes())
         self._release = client.register_script((LUA / "release_leases.lua").read_bytes())
+        self._spend = client.register_script((LUA / "spend.lua").read_bytes())
         self._push_inbox = client.register_script((LUA / "push_inbox.lua").read_bytes())
 
     async def _run(self, *args: Any) -> Any:
@@ -324,6 +325,30 @@ class Broker:
                         pipe.execute_command("LREM", keys.inbox(user_id), 1, message_id)
                 with anyio.fail_after(COMMAND_SECONDS):
                     await pipe.execute()
+
+    # --- pub/sub and allowances --------------------------------------------------------------------------------------
+
+    async def signal_user(self, user_id: str, signal: records.UserSignal) -> None:
+        """Tell the gateways that hold this user's connections. Lost where there are none."""
+        await self._run("PUBLISH", keys.user_channel(user_id), codec.encode_value(signal))
+
+    async def notify_user(self, user_id: str, tell: records.Tell) -> None:
+        """A frame for a user's devices that are online, outside any conversation."""
+        await self._run("PUBLISH", keys.notification_channel(user_id), codec.encode_value(tell))
+
+    async def publish_presence(self, user_id: str, change: records.PresenceChange) -> None:
+        """Tell the gateways where somebody watches this user."""
+        await self._run("PUBLISH", keys.presence(user_id), codec.encode_value(change))
+
+    async def spend(self, purpose: str, subject: str, limit: int, window_seconds: int) -> float:
+        """Take one of `limit` per window → 0.0, or the seconds until the window ends (nothing is taken then).
+
+        The window begins with its first use and does not slide.
+        """
+        with _passing_errors():
+            with anyio.fail_after(COMMAND_SECONDS):
+                wait_ms = await self._spend(keys=[keys.allowance(purpose, subject)], args=[limit, window_seconds])
+        return int(wait_ms) / 1000
 
     @asynccontextmanager
     async def registry_changes(self) -> AsyncIterator[AsyncIterator[list[str] | None]]:

@@ -17,6 +17,7 @@ from protocol.models import (
     SYSTEM_SENDER,
     Conversation,
     ConversationType,
+    EventKind,
     Membership,
     Role,
     SystemEvent,
@@ -87,7 +88,7 @@ def first_members(record: records.CreateConversation) -> list[Membership]:
 
 def created_event(record: records.CreateConversation) -> SystemEvent:
     """The first entry of a group's log."""
-    return SystemEvent(event="created", actor=record.actor, targets=list(dict.fromkeys(record.participants)))
+    return SystemEvent(event=EventKind.CREATED, actor=record.actor, targets=list(dict.fromkeys(record.participants)))
 
 
 def decide(record: records.AddParticipants | records.RemoveParticipant, owned: Owned) -> Verdict:
@@ -111,7 +112,7 @@ def _decide_add(record: records.AddParticipants, owned: Owned, may_manage: bool)
         return NoChange()
     if len(owned.members) + len(fresh) > GROUP_LIMIT:
         return Refused(ErrorCode.GROUP_FULL, f"a group has at most {GROUP_LIMIT} participants")
-    return Change(SystemEvent(event="added", actor=record.actor, targets=fresh))
+    return Change(SystemEvent(event=EventKind.ADDED, actor=record.actor, targets=fresh))
 
 
 def _decide_remove(record: records.RemoveParticipant, owned: Owned, may_manage: bool) -> Verdict:
@@ -129,7 +130,7 @@ def _decide_remove(record: records.RemoveParticipant, owned: Owned, may_manage: 
         roles[heir.user_id] = Role.OWNER
     return Change(
         SystemEvent(
-            event="left" if leaves else "removed",
+            event=EventKind.LEFT if leaves else EventKind.REMOVED,
             actor=record.actor,
             targets=[record.user_id],
             roles=roles or msgspec.UNSET,

@@ -24,7 +24,7 @@ from protocol.models import (
     StoredMessage,
     SystemEvent,
 )
-from protocol.watermarks import chain_digest, message_status
+from protocol.watermarks import chain_digest, content_hash, message_status
 from workers import groups, metrics
 from workers.conversations import Conversations, Owned, Projection
 from workers.delivery import Committed
@@ -194,7 +194,7 @@ class Planner:
         message_id = entry.message_id
         sequence = owned.last + 1
         owned.last = sequence
-        owned.digest = chain_digest(owned.digest, message_id, draft.sender_id, sequence, draft.content)
+        owned.digest = chain_digest(owned.digest, message_id, draft.sender_id, sequence, content_hash(draft.content))
         if draft.message_type is not MessageType.SYSTEM:
             owned.countable += 1
         # Never before its predecessor, so that retention removes a prefix of the log only.

@@ -267,7 +267,7 @@ def _badge(owned: Owned, member: Member) -> tuple[Sequence[str], bytes]:
         payload=frames.ConversationUpdatePayload(
             conversation_id=owned.conversation_id,
             unread_count=unread(owned.countable, member.read_countable),
-            event="read",
+            event=frames.ConversationEvent.READ,
             version=member.read,
         )
     )

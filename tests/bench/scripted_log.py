@@ -7,8 +7,8 @@ from datetime import UTC, datetime
 from msgspec import UNSET
 
 from protocol import codec, frames
-from protocol.models import SYSTEM_SENDER, MessageStatus, MessageType, StoredMessage, SystemEvent
-from protocol.watermarks import NO_DIGEST, chain_digest
+from protocol.models import SYSTEM_SENDER, EventKind, MessageStatus, MessageType, StoredMessage, SystemEvent
+from protocol.watermarks import NO_DIGEST, chain_digest, content_hash
 
 CONVERSATION = "conv_1"
 WHEN = datetime(2026, 11, 22, 18, tzinfo=UTC)
@@ -33,7 +33,7 @@ def stored(sequence: int, sender: str, content: str, *, message_id: str | None =
 
 def system(sequence: int, event: str, *targets: str) -> StoredMessage:
     """An entry that changes who is in the group."""
-    content = codec.encode_value(SystemEvent(event=event, actor=targets[0], targets=list(targets))).decode()
+    content = codec.encode_value(SystemEvent(event=EventKind(event), actor=targets[0], targets=list(targets))).decode()
     return stored(sequence, SYSTEM_SENDER, content)
 
 
@@ -81,7 +81,9 @@ def digest_of(*messages: StoredMessage) -> bytes:
     digest = NO_DIGEST
     for message in messages:
         assert isinstance(message.message_id, str)
-        digest = chain_digest(digest, message.message_id, message.sender_id, message.sequence_number, message.content)
+        digest = chain_digest(
+            digest, message.message_id, message.sender_id, message.sequence_number, content_hash(message.content)
+        )
     return digest
 
 

@@ -93,9 +93,12 @@ class FakeBroker:
         self.refuses: ErrorCode | None = None
         self.lacks: list[str] = []
 
-    def publish(self, record: records.SendMessage) -> ErrorCode | None:
+    def publish(self, record: records.SendMessage | records.ChangeMessage) -> ErrorCode | None:
         self.log.append(("publish", record))
         return self.refuses
+
+    def signal(self, record: records.Typing) -> None:
+        self.log.append(("signal", record))
 
     def ask(self, query: records.Query) -> ErrorCode | None:
         self.log.append(("ask", query))

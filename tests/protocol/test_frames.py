@@ -80,7 +80,9 @@ SERVER_SHAPES: list[tuple[frames.ServerFrame, str]] = [
     ),
     (
         frames.ConversationUpdate(
-            payload=frames.ConversationUpdatePayload(conversation_id="conv_1", unread_count=0, event="read", version=1)
+            payload=frames.ConversationUpdatePayload(
+                conversation_id="conv_1", unread_count=0, event=frames.ConversationEvent.READ, version=1
+            )
         ),
         '{"type":"conversation_update","payload":{"conversation_id":"conv_1","unread_count":0,"event":"read","version":1}}',
     ),

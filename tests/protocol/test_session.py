@@ -6,11 +6,12 @@ import msgspec
 import pytest
 
 from protocol import frames, records
+from protocol.backlog import State
 from protocol.commands import PING, Acknowledge, Ask, Attach, Close, Publish, Send, Verify
 from protocol.errors import AuthErrorCode, CloseCode, ErrorCode, LocalProtocolError, RemoteProtocolError
 from protocol.limits import Limits, TokenBucket
 from protocol.models import MessageType
-from protocol.session import TRANSITIONS, Session, State
+from protocol.session import TRANSITIONS, Session
 from tests.protocol.playbook import (
     WALL_MS,
     auth,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from protocol import frames, records
+from protocol.backlog import State
 from protocol.commands import Ask, Command, Send, SendEncoded
-from protocol.session import Session, State
 from tests.protocol.playbook import (
     WALL_MS,
     auth,
@@ -15,6 +17,9 @@ from tests.protocol.playbook import (
     page_answer,
     page_query,
 )
+
+if TYPE_CHECKING:
+    from protocol.session import Session
 
 
 def page(session: Session, answer: records.PageAnswer) -> list[Command]:

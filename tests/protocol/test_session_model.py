@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from protocol import frames, records
+from protocol.backlog import State
 from protocol.commands import Ask, Attach, Close, Command, Send, SendEncoded
-from protocol.session import State
 from tests.protocol.playbook import DIGEST, WALL_MS, auth, new_session
 
 CONVERSATIONS = ("a", "b")

@@ -65,7 +65,9 @@ class Log:
             self.countable += not system
             message_id = keys.new_message_id(self.last, hash(self.conversation_id), 0)
             text = '{"event":"added","actor":"a","targets":["b"],"version":1}' if system else content
-            self.digest = watermarks.chain_digest(self.digest, message_id, sender, self.last, text)
+            self.digest = watermarks.chain_digest(
+                self.digest, message_id, sender, self.last, watermarks.content_hash(text)
+            )
             at = START + timedelta(seconds=self.last)
             document = MessageDocument(
                 message_id=message_id,

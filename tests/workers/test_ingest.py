@@ -9,7 +9,7 @@ import pytest
 from pymongo.errors import AutoReconnect
 
 from protocol import keys, records
-from protocol.watermarks import chain_digest
+from protocol.watermarks import chain_digest, content_hash
 from tests.workers.lanes import SHARDS, crashing_lane, eventually, run_lane, settled, shown
 from workers.broker import BrokerUnavailable
 from workers.store.messages import OutcomeUnknown
@@ -41,7 +41,7 @@ async def test_a_message_is_stored_then_acked_then_delivered(yard: Yard) -> None
     payload = shown(delivery.frame)
     assert payload.messages[0].message_id == stored[0]["_id"]
     assert b"idempotency_key" not in delivery.frame
-    assert stored[0]["digest"] == chain_digest(bytes(16), stored[0]["_id"], "ann", 1, "hello")
+    assert stored[0]["digest"] == chain_digest(bytes(16), stored[0]["_id"], "ann", 1, content_hash("hello"))
     assert keys.shard_of_message(stored[0]["_id"], SHARDS) == keys.shard_of(conv, SHARDS)
 
 
