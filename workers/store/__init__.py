@@ -28,6 +28,7 @@ from pymongo.errors import (
 from pymongo.read_concern import ReadConcern
 from pymongo.write_concern import WriteConcern
 
+from workers.store.blocks import BlockStore
 from workers.store.conversations import ConversationStore
 from workers.store.errors import StoreUnavailable, store_errors
 from workers.store.heads import HeadReader
@@ -79,6 +80,7 @@ class Store:
         self.conversations = ConversationStore(self.db)
         self.marks = MarkStore(self.db)
         self.users = UserStore(self.db)
+        self.blocks = BlockStore(self.db)
         self.heads = HeadReader(client, self.db)
         self.logs = LogReader(self.db)
         self.overviews = OverviewReader(client, self.db)

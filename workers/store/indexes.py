@@ -49,6 +49,9 @@ def index_models(retention_days: int) -> dict[str, list[IndexModel]]:
             IndexModel([("user_id", ASCENDING), ("conversation_id", ASCENDING)], name="user_conversation"),
             IndexModel([("conversation_id", ASCENDING)], name="conversation"),
         ],
+        "blocks": [
+            IndexModel([("user_id", ASCENDING), ("blocked_id", ASCENDING)], name="user_blocked"),
+        ],
         "users": [
             IndexModel(
                 [(field, ASCENDING)],
