@@ -379,9 +379,9 @@ async def test_an_id_with_odd_characters_is_refused(rest: Rest) -> None:
 async def test_wrong_paths_and_methods_have_the_same_error_shape(rest: Rest) -> None:
     assert refusal(await rest.call("GET", "/nowhere", None)) == (404, "not_found")
     refused = await rest.call("PUT", "/v1/conversations", None, {})
-    assert refusal(refused) == (405, "not_found")
+    assert refusal(refused) == (405, "method_not_allowed")
     assert "GET" in refused.headers["allow"]
-    assert refusal(await rest.call("TRACE", "/v1/users", None)) == (405, "not_found")
+    assert refusal(await rest.call("TRACE", "/v1/users", None)) == (405, "method_not_allowed")
 
 
 async def test_no_foreign_origin_is_let_in(rest: Rest) -> None:

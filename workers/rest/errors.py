@@ -1,6 +1,9 @@
 """Failures of a request → `{"error": {"code", "message"}}`, whoever raised them: a handler, the framework, a seam.
 
 Every code is a row of `protocol.errors`. Nothing of an exception but its intended message ever reaches the client.
+
+A route declares the codes of its own in `opt={"errors": (ErrorCode.CONFLICT, …)}`; what its guards, parameters and body
+imply is added in `openapi.py`. The OpenAPI document and `docs/reference.md` are made from that.
 """
 
 from __future__ import annotations
@@ -18,18 +21,19 @@ from workers.broker import BrokerUnavailable
 from workers.instances import TooManyWaiting
 from workers.store.errors import StoreUnavailable
 
-_MESSAGE_LIMIT: Final = 200
+MESSAGE_LIMIT: Final = 200
+"""Most characters of an error's message."""
 _RETRY_AFTER_SECONDS: Final = 1
 _BY_STATUS: Final = {
     401: ErrorCode.UNAUTHORIZED,
     403: ErrorCode.FORBIDDEN,
     404: ErrorCode.NOT_FOUND,
-    405: ErrorCode.NOT_FOUND,
+    405: ErrorCode.METHOD_NOT_ALLOWED,
     413: ErrorCode.TOO_LARGE,
     429: ErrorCode.RATE_LIMITED,
     503: ErrorCode.OVERLOADED,
 }
-"""The framework's own refusals. 405 has no row of its own: there is no such method at that path."""
+"""The framework's own refusals."""
 
 log = structlog.get_logger(__name__)
 
@@ -58,7 +62,7 @@ FAILURES: Final = {
         (503, "Try again"),
     )
 }
-"""What a route may answer besides success, for the OpenAPI document."""
+"""Superseded by `opt={"errors": …}`."""
 
 
 class RestError(Exception):
@@ -78,7 +82,7 @@ def error_response(code: ErrorCode, message: str, status: int, headers: dict[str
         headers["WWW-Authenticate"] = "Bearer"
     if code.retryable:
         headers.setdefault("Retry-After", str(_RETRY_AFTER_SECONDS))
-    body = ErrorBody(ErrorDetail(code, message[:_MESSAGE_LIMIT]))
+    body = ErrorBody(ErrorDetail(code, message[:MESSAGE_LIMIT]))
     return Response(body, status_code=status, headers=headers, media_type="application/json")
 
 

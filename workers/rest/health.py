@@ -24,7 +24,7 @@ async def live() -> Health:
     return Health("ok")
 
 
-@get("/health/ready", summary="Can requests be served")
+@get("/health/ready", opt={"answers": {503: Health}}, summary="Can requests be served")
 async def ready(desk: DeskDependency) -> Response[Health]:
     """503 while MongoDB, Redis or this instance's lease is away."""
     try:

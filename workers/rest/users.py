@@ -15,7 +15,7 @@ from protocol.frames import DeviceId
 from protocol.models import Id, User, UserStatus
 from workers.rest.access import admin_guard, shape_guard
 from workers.rest.desk import DeskDependency, now_ms
-from workers.rest.errors import FAILURES, RestError
+from workers.rest.errors import RestError
 from workers.store.users import Taken
 
 Phone = Annotated[str, Meta(min_length=3, max_length=32, pattern=r"^\+?[0-9][0-9 ()./-]*$")]
@@ -41,7 +41,12 @@ class AccessToken(msgspec.Struct, frozen=True):
     expires_at: datetime
 
 
-@post("/v1/users", guards=[admin_guard, shape_guard], responses=FAILURES, summary="Create an account")
+@post(
+    "/v1/users",
+    guards=[admin_guard, shape_guard],
+    opt={"errors": (ErrorCode.CONFLICT,)},
+    summary="Create an account",
+)
 async def create_user(data: JSONBody[NewUser], desk: DeskDependency) -> User:
     """201 with the account; 409 `conflict` when another account has this phone or email."""
     now = now_ms()
@@ -61,7 +66,12 @@ async def create_user(data: JSONBody[NewUser], desk: DeskDependency) -> User:
             return created
 
 
-@post("/v1/tokens", guards=[admin_guard, shape_guard], responses=FAILURES, summary="Issue an access token")
+@post(
+    "/v1/tokens",
+    guards=[admin_guard, shape_guard],
+    opt={"errors": (ErrorCode.NOT_FOUND,)},
+    summary="Issue an access token",
+)
 async def create_token(data: JSONBody[TokenRequest], desk: DeskDependency) -> AccessToken:
     """201 with a token for WebSocket and REST; 404 `not_found` for an unknown user."""
     if await desk.store.users.get(data.user_id) is None:
