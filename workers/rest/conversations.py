@@ -1,62 +1,69 @@
-"""Conversations, their participants and their messages, as a member sees them."""
+"""Conversations as a member sees them: made, listed, read, renamed."""
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, Final, Generic, TypeVar
+from typing import Annotated, Final
 
 import msgspec
-from litestar import Request, Response, delete, get, post
-from litestar.datastructures import State
-from litestar.params import HeaderParameter, JSONBody, PathParameter, QueryParameter
-from msgspec import Meta
+from litestar import Response, get, patch, post
+from litestar.params import JSONBody, QueryParameter
+from msgspec import UNSET, Meta, UnsetType
 
-from protocol import keys
+from protocol import keys, records
 from protocol.errors import ErrorCode
-from protocol.models import GROUP_LIMIT, Conversation, ConversationType, Id, StoredMessage
+from protocol.models import GROUP_LIMIT, Conversation, ConversationType, Id
 from workers.rest import commands
-from workers.rest.access import Caller, actor_guard, shape_guard, user_guard
+from workers.rest.access import actor_guard, shape_guard, user_guard
 from workers.rest.desk import Desk, DeskDependency
 from workers.rest.errors import FAILURES, RestError
-from workers.store.logs import NotVisible
+from workers.rest.shapes import (
+    EPOCH,
+    LAST_MS,
+    MILLISECOND,
+    CallerRequest,
+    Flag,
+    IdempotencyHeader,
+    Limit,
+    Listing,
+    PathId,
+    is_true,
+    moment_at,
+)
 from workers.store.overviews import Overview, Place
 
-CallerRequest = Request[Caller, Any, State]
-PathId = Annotated[str, PathParameter(pattern=r"^[A-Za-z0-9_.:-]{1,64}$")]
-Limit = Annotated[int, QueryParameter(ge=1, le=100)]
-IdempotencyHeader = Annotated[
-    str | None, HeaderParameter(name="Idempotency-Key", pattern=r"^[A-Za-z0-9._:-]{1,128}$", required=False)
-]
-
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-_MILLISECOND: Final = timedelta(milliseconds=1)
-_LONGEST_CURSOR_MS: Final = 253_402_300_799_999
-_NAMED_LIMIT: Final = 1000
+NAMED_LIMIT: Final = 1000
 """Most ids a body may name; more than a group holds, so that "too many" can be said properly."""
+YEAR_SECONDS: Final = 365 * 86_400
 
-Item = TypeVar("Item")
-
-
-class Listing(msgspec.Struct, Generic[Item], frozen=True):
-    """One page. `next_cursor` is null on the last one."""
-
-    items: list[Item]
-    next_cursor: str | None
+Title = Annotated[str, Meta(max_length=128)]
 
 
 class NewConversation(msgspec.Struct, frozen=True):
-    """`participants` need not name the caller; an administrator's first one is the creator."""
+    """`participants` need not name the caller; an administrator's first one is the creator. `title`: of a group."""
 
     conversation_type: ConversationType = msgspec.field(name="type")
-    participants: Annotated[list[Id], Meta(max_length=_NAMED_LIMIT)]
+    participants: Annotated[list[Id], Meta(max_length=NAMED_LIMIT)]
     agent_id: Annotated[str, Meta(max_length=64)] = ""
+    title: Title = ""
 
 
-class NewParticipants(msgspec.Struct, frozen=True):
-    user_ids: Annotated[list[Id], Meta(min_length=1, max_length=_NAMED_LIMIT)]
+class ConversationChange(msgspec.Struct, frozen=True):
+    """What is left out stays. `disappearing_seconds`: how long messages sent from now on are kept; 0: for ever."""
+
+    title: Title | UnsetType = UNSET
+    disappearing_seconds: Annotated[int, Meta(ge=0, le=YEAR_SECONDS)] | UnsetType = UNSET
 
 
-@post("/v1/conversations", guards=[actor_guard, shape_guard], responses=FAILURES, summary="Create a conversation")
+@post(
+    "/v1/conversations",
+    guards=[actor_guard, shape_guard],
+    responses=FAILURES,
+    opt={
+        "errors": (ErrorCode.BLOCKED, ErrorCode.GROUP_FULL, ErrorCode.OVERLOADED),
+        "answers": {200: Conversation},
+    },
+    summary="Create a conversation",
+)
 async def create_conversation(
     request: CallerRequest,
     data: JSONBody[NewConversation],
@@ -65,7 +72,8 @@ async def create_conversation(
 ) -> Response[Conversation]:
     """201 with the conversation; 200 when the 1:1 conversation of these two was there already.
 
-    400 for unknown users, 409 `group_full` for more than 100 participants.
+    400 for unknown users, 403 `blocked` where one of the two blocks the other, or one of a group its creator, 409
+    `group_full` for more than 100 participants.
     """
     actor = request.user.user_id
     if actor is None:
@@ -81,33 +89,49 @@ async def create_conversation(
             return Response(existing, status_code=200)
     elif len(participants) > GROUP_LIMIT:
         raise RestError(ErrorCode.GROUP_FULL, f"a group has at most {GROUP_LIMIT} participants")
-    await _check_known(desk, participants)
-    created = await commands.create(desk, actor, data.conversation_type, participants, data.agent_id, idempotency_key)
+    await check_known(desk, participants)
+    if data.conversation_type is ConversationType.ONE_TO_ONE:
+        if await desk.store.blocks.between(*participants):
+            raise RestError(ErrorCode.BLOCKED, "one of you blocks the other")
+    else:
+        await check_not_blocked(desk, actor, participants)
+    created = await commands.create(
+        desk, actor, data.conversation_type, participants, data.agent_id, data.title, idempotency_key
+    )
     return Response(created, status_code=201)
 
 
-async def _check_known(desk: Desk, user_ids: list[str]) -> None:
+async def check_known(desk: Desk, user_ids: list[str]) -> None:
+    """Raises RestError where one of the ids names no account."""
     unknown = await desk.store.users.unknown(user_ids)
     if unknown:
         raise RestError(ErrorCode.VALIDATION_FAILED, f"unknown users: {', '.join(sorted(unknown)[:3])}")
+
+
+async def check_not_blocked(desk: Desk, actor: str, user_ids: list[str]) -> None:
+    """Nobody is brought into a group by somebody they block. Raises RestError."""
+    if await desk.store.blocks.who_blocks(actor, user_ids):
+        raise RestError(ErrorCode.BLOCKED, "somebody named there takes nothing from you")
 
 
 @get(
     "/v1/conversations",
     guards=[user_guard, shape_guard],
     responses=FAILURES,
-    opt={"query": ("cursor", "limit")},
+    opt={"query": ("archived", "cursor", "limit")},
     summary="List conversations",
 )
 async def list_conversations(
     request: CallerRequest,
     desk: DeskDependency,
-    cursor: Annotated[str | None, QueryParameter(max_length=96, required=False)] = None,
+    archived: Annotated[Flag | None, QueryParameter(required=False)] = None,
+    cursor: Annotated[str | None, QueryParameter(pattern=r"^[0-9]{1,15}\.[A-Za-z0-9_.:-]{1,64}$", required=False)] = None,
     limit: Limit = 50,
 ) -> Listing[Overview]:
-    """The caller's conversations, newest activity first, each with its unread count."""
+    """The caller's conversations, newest activity first, each with its last message, its unread count and the caller's
+    own settings. `archived` leaves only those that are, or are not."""
     place = None if cursor is None else _parse_place(cursor)
-    items, more = await desk.store.overviews.overviews(request.user.user, place, limit)
+    items, more = await desk.store.overviews.overviews(request.user.user, place, limit, is_true(archived))
     return Listing(items, None if more is None else _format_place(more))
 
 
@@ -115,89 +139,55 @@ async def list_conversations(
     "/v1/conversations/{conversation_id:str}",
     guards=[user_guard, shape_guard],
     responses=FAILURES,
+    opt={"errors": (ErrorCode.CONVERSATION_NOT_FOUND,)},
     summary="Read a conversation",
 )
 async def read_conversation(request: CallerRequest, conversation_id: PathId, desk: DeskDependency) -> Overview:
     """404 `conversation_not_found` for one that is unknown, or that the caller is not in."""
     overview = await desk.store.overviews.overview(request.user.user, conversation_id)
     if overview is None:
-        raise _not_found()
+        raise not_found()
     return overview
 
 
-@get(
-    "/v1/conversations/{conversation_id:str}/messages",
+@patch(
+    "/v1/conversations/{conversation_id:str}",
     guards=[user_guard, shape_guard],
     responses=FAILURES,
-    opt={"query": ("before_sequence", "cursor", "limit")},
-    summary="Read a conversation's messages",
+    opt={"errors": (ErrorCode.CONVERSATION_NOT_FOUND, ErrorCode.FORBIDDEN, ErrorCode.OVERLOADED)},
+    summary="Rename a group, or let messages disappear",
 )
-async def list_messages(
+async def change_conversation(
     request: CallerRequest,
     conversation_id: PathId,
-    desk: DeskDependency,
-    before_sequence: Annotated[int | None, QueryParameter(ge=1, le=2**53, required=False)] = None,
-    cursor: Annotated[int | None, QueryParameter(ge=1, le=2**53, required=False)] = None,
-    limit: Limit = 50,
-) -> Listing[StoredMessage]:
-    """Newest first, before a sequence (`cursor` is the same thing). Who has left sees up to where they left."""
-    before = cursor or before_sequence or 2**53
-    found = await desk.store.logs.history(request.user.user, conversation_id, before, limit)
-    if isinstance(found, NotVisible):
-        raise _not_found()
-    return Listing(found.messages[::-1], str(found.from_sequence) if found.has_more else None)
-
-
-@post(
-    "/v1/conversations/{conversation_id:str}/participants",
-    guards=[user_guard, shape_guard],
-    responses=FAILURES,
-    status_code=200,
-    summary="Add participants to a group",
-)
-async def add_participants(
-    request: CallerRequest,
-    conversation_id: PathId,
-    data: JSONBody[NewParticipants],
+    data: JSONBody[ConversationChange],
     desk: DeskDependency,
     idempotency_key: IdempotencyHeader = None,
-) -> Conversation:
-    """200 with the conversation; 403 `forbidden` for who may not add, 409 `group_full` over 100."""
-    user_ids = list(dict.fromkeys(data.user_ids))
-    await _check_known(desk, user_ids)
-    return await commands.add(desk, request.user.user, conversation_id, user_ids, idempotency_key)
+) -> Overview:
+    """200 with the conversation as it is then; 403 `forbidden` for who may not change that."""
+    actor = request.user.user
+    if not isinstance(data.title, UnsetType):
+        await commands.change(desk, actor, conversation_id, records.Rename(data.title), idempotency_key)
+    if not isinstance(data.disappearing_seconds, UnsetType):
+        step = records.SetDisappearing(data.disappearing_seconds)
+        await commands.change(desk, actor, conversation_id, step, idempotency_key)
+    overview = await desk.store.overviews.overview(actor, conversation_id)
+    if overview is None:
+        raise not_found()
+    return overview
 
 
-@delete(
-    "/v1/conversations/{conversation_id:str}/participants/{user_id:str}",
-    guards=[user_guard, shape_guard],
-    responses=FAILURES,
-    status_code=200,
-    summary="Remove a participant from a group, or leave it",
-)
-async def remove_participant(
-    request: CallerRequest,
-    conversation_id: PathId,
-    user_id: PathId,
-    desk: DeskDependency,
-    idempotency_key: IdempotencyHeader = None,
-) -> Conversation:
-    """200 with the conversation as it is then; 403 `forbidden` for who may not remove that one."""
-    return await commands.remove(desk, request.user.user, conversation_id, user_id, idempotency_key)
-
-
-def _not_found() -> RestError:
+def not_found() -> RestError:
+    """The same answer for an unknown conversation and for a foreign one."""
     return RestError(ErrorCode.CONVERSATION_NOT_FOUND, "no such conversation")
 
 
 def _format_place(place: Place) -> str:
-    return f"{(place.active_at - _EPOCH) // _MILLISECOND}.{place.conversation_id}"
+    return f"{(place.active_at - EPOCH) // MILLISECOND}.{place.conversation_id}"
 
 
 def _parse_place(cursor: str) -> Place:
     milliseconds, _, conversation_id = cursor.partition(".")
-    if not (milliseconds.isascii() and milliseconds.isdigit() and conversation_id):
+    if int(milliseconds) > LAST_MS:
         raise RestError(ErrorCode.VALIDATION_FAILED, "cursor: not one of ours")
-    if int(milliseconds) > _LONGEST_CURSOR_MS:
-        raise RestError(ErrorCode.VALIDATION_FAILED, "cursor: not one of ours")
-    return Place(_EPOCH + int(milliseconds) * _MILLISECOND, conversation_id)
+    return Place(moment_at(int(milliseconds)), conversation_id)
