@@ -301,6 +301,8 @@ class Planner:
                         self._append_event(entry, record, owned, event, plan, now_ms)
                     case _:
                         assert_never(verdict)
+            case records.ChangeConversation():
+                self._refuse(record, plan, groups.Refused(ErrorCode.FORBIDDEN, "not allowed here"))
             case _:
                 assert_never(record)
 
