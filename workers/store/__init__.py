@@ -30,6 +30,7 @@ from pymongo.write_concern import WriteConcern
 
 from workers.store.blocks import BlockStore
 from workers.store.conversations import ConversationStore
+from workers.store.device_keys import DeviceKeyStore
 from workers.store.errors import StoreUnavailable, store_errors
 from workers.store.heads import HeadReader
 from workers.store.indexes import DAY_SECONDS, PLAIN_COLLECTIONS, RETENTION_INDEX, index_models
@@ -81,6 +82,7 @@ class Store:
         self.marks = MarkStore(self.db)
         self.users = UserStore(self.db)
         self.blocks = BlockStore(self.db)
+        self.device_keys = DeviceKeyStore(client, self.db)
         self.heads = HeadReader(client, self.db)
         self.logs = LogReader(self.db)
         self.overviews = OverviewReader(client, self.db)

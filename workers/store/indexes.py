@@ -9,13 +9,15 @@ from typing import Final
 
 from pymongo import ASCENDING, DESCENDING, IndexModel
 
+from workers.store.device_keys import CLAIMED_SECONDS
+
 DAY_SECONDS: Final = 86_400
 SEQUENCE_INDEX: Final = "conversation_sequence"
 SCOPED_KEY_INDEX: Final = "scoped_idempotency_key"
 RETENTION_INDEX: Final = "retention"
 SYSTEM_INDEX: Final = "system_messages"
 """Partial index over a group's system messages: its state is the fold of them."""
-PLAIN_COLLECTIONS: Final = ("sequence_numbers",)
+PLAIN_COLLECTIONS: Final = ("sequence_numbers", "device_lists")
 """Collections that need `_id` only. Made at start all the same: a snapshot read (`heads.py`) refuses a
 collection that is younger than its snapshot."""
 
@@ -60,6 +62,16 @@ def index_models(retention_days: int) -> dict[str, list[IndexModel]]:
                 partialFilterExpression={field: {"$type": "string"}},
             )
             for field in ("phone", "email")
+        ],
+        "device_keys": [
+            IndexModel([("user_id", ASCENDING), ("device_id", ASCENDING)], name="user_device"),
+        ],
+        "one_time_keys": [
+            IndexModel(
+                [("device", ASCENDING), ("generation", ASCENDING), ("free", ASCENDING), ("position", ASCENDING)],
+                name="upload_order",
+            ),
+            IndexModel([("claimed_at", ASCENDING)], name=RETENTION_INDEX, expireAfterSeconds=CLAIMED_SECONDS),
         ],
         "idempotency_keys": [
             IndexModel([("created_at", ASCENDING)], name=RETENTION_INDEX, expireAfterSeconds=DAY_SECONDS),
