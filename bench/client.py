@@ -7,7 +7,6 @@ folds the digest chain to prove to itself that its log is the server's.
 
 from __future__ import annotations
 
-from collections import deque
 from enum import Enum
 from typing import TypedDict
 
@@ -16,6 +15,7 @@ from msgspec import UNSET
 
 from bench import journal
 from bench.conversation_log import ConversationLog, Held, held_message
+from bench.sends import Pending, Sends
 from protocol import frames
 from protocol.errors import ErrorCode
 from protocol.models import MessagePayload, MessageType
@@ -51,17 +51,6 @@ class Habits(msgspec.Struct, frozen=True, kw_only=True):
     digests_kept: int = 512
 
 
-class Pending(msgspec.Struct, kw_only=True):
-    """A send whose fate is not known. `due_at`: when it goes (again); `on_the_way`: it counts against the window."""
-
-    payload: MessagePayload
-    idempotency_key: str
-    client_message_id: str
-    attempts: int = 0
-    on_the_way: bool = False
-    due_at: float = 0.0
-
-
 class Client:
     """One device of one user. Every method is atomic; those that return frames want them written in this order."""
 
@@ -74,7 +63,6 @@ class Client:
         self.state = State.OFFLINE
         self.connection = 0
         self.logs: dict[str, ConversationLog] = {}
-        self.pending: dict[str, Pending] = {}
         self.synced = False
         """The backlog of this connection has arrived (`sync_complete`)."""
         self.auth_error: frames.AuthError | None = None
@@ -82,11 +70,7 @@ class Client:
         """Conversations whose folded digest was equal to the server's at least once."""
         self._record = record
         self._habits = habits or Habits()
-        self._queue: deque[Pending] = deque()
-        self._on_the_way = 0
-        self._sent_count = 0
-        self._period = 0.0
-        self._next_send_at = 0.0
+        self._sends = Sends(device_id, self._habits)
         self._sync_again_at: float | None = None
         self._unconfirmed: set[str] = set()
         self._holes: set[str] = set()
@@ -137,68 +121,58 @@ class Client:
         idempotency_key: str | None = None,
     ) -> tuple[str, list[frames.ClientFrame]]:
         """Queue a text message. Returns its idempotency key and what may be written now (nothing while offline)."""
-        self._sent_count += 1
-        name = f"{self.device_id}-{self._sent_count}"
-        pending = Pending(
-            payload=MessagePayload(
-                conversation_id=conversation_id,
-                receiver_id=receiver_id,
-                content=content,
-                message_type=MessageType.TEXT,
-                reply_to_message_id=reply_to_message_id,
-                timestamp=wall_ms,
-            ),
-            idempotency_key=idempotency_key or name,
-            client_message_id=name,
+        payload = MessagePayload(
+            conversation_id=conversation_id,
+            receiver_id=receiver_id,
+            content=content,
+            message_type=MessageType.TEXT,
+            reply_to_message_id=reply_to_message_id,
+            timestamp=wall_ms,
         )
-        self.pending[pending.idempotency_key] = pending
-        self._queue.append(pending)
-        return pending.idempotency_key, self._flush(now)
+        return self._sends.message(payload, idempotency_key), self._flush(now)
+
+    def edit(
+        self, conversation_id: str, message_id: str, content: str, now: float
+    ) -> tuple[str, list[frames.ClientFrame]]:
+        """Queue a new content for one's own message; returns as `send` does."""
+        return self._sends.edit(conversation_id, message_id, content), self._flush(now)
+
+    def delete(
+        self, conversation_id: str, message_id: str, scope: frames.DeleteScope, now: float
+    ) -> tuple[str, list[frames.ClientFrame]]:
+        """Queue a deletion, for everybody or for oneself; returns as `send` does."""
+        return self._sends.delete(conversation_id, message_id, scope), self._flush(now)
+
+    def react(
+        self, conversation_id: str, message_id: str, emoji: str, op: frames.ReactionOp, now: float
+    ) -> tuple[str, list[frames.ClientFrame]]:
+        """Queue a reaction, or taking it back; returns as `send` does."""
+        return self._sends.react(conversation_id, message_id, emoji, op), self._flush(now)
+
+    @property
+    def pending(self) -> dict[str, Pending]:
+        """By key, everything said whose fate is not known."""
+        return self._sends.pending
 
     def _flush(self, now: float) -> list[frames.ClientFrame]:
         """Whatever the window and the learned pace let through."""
-        written: list[frames.ClientFrame] = []
         if self.state is not State.LIVE:
-            return written
-        while self._queue and self._on_the_way < self._habits.window and now >= self._next_send_at:
-            pending = self._queue.popleft()
-            pending.attempts += 1
-            pending.on_the_way = True
-            pending.due_at = now + self._habits.retry_seconds
-            self._on_the_way += 1
-            self._next_send_at = now + self._period
+            return []
+        written: list[frames.ClientFrame] = []
+        for pending in self._sends.take(now):
             self._record(
                 journal.Sent(
-                    conversation_id=pending.payload.conversation_id,
+                    conversation_id=pending.conversation_id,
                     idempotency_key=pending.idempotency_key,
-                    content=pending.payload.content,
+                    content=pending.content,
+                    change=pending.change,
+                    target=pending.target,
                     attempt=pending.attempts,
                     **self._stamp(now),
                 )
             )
-            written.append(
-                frames.Message(
-                    client_message_id=pending.client_message_id,
-                    idempotency_key=pending.idempotency_key,
-                    payload=pending.payload,
-                )
-            )
+            written.append(pending.frame)
         return written
-
-    def _requeue(self, pending: Pending) -> None:
-        if pending.on_the_way:
-            pending.on_the_way = False
-            self._on_the_way -= 1
-            self._queue.append(pending)
-
-    def _settle(self, key: str) -> Pending | None:
-        pending = self.pending.pop(key, None)
-        if pending is not None:
-            if pending.on_the_way:
-                self._on_the_way -= 1
-            elif pending in self._queue:  # an answer to an earlier try came while the next one waited
-                self._queue.remove(pending)
-        return pending
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
@@ -209,6 +183,15 @@ class Client:
             return []
         self._record(journal.Read(conversation_id=conversation_id, sequence_number=log.cursor, **self._stamp(now)))
         return [frames.ReadReceipt(message_ids=[log.last_id], timestamp=wall_ms)]
+
+    def report(self, conversation_id: str, now: float) -> None:
+        """Put into the journal what this device shows of the messages that were changed."""
+        log = self.logs.get(conversation_id)
+        if log is not None and log.cursor is not None:
+            views = {message_id: msgspec.structs.replace(view) for message_id, view in log.views.items()}
+            self._record(
+                journal.Viewed(conversation_id=conversation_id, through=log.cursor, views=views, **self._stamp(now))
+            )
 
     def sync(self, now: float) -> list[frames.ClientFrame]:
         """Ask for whatever is missing and for the heads with their digests; `synced` turns true when they came.
@@ -252,17 +235,16 @@ class Client:
             return []
         self.state = State.LIVE
         self._record(journal.Connected(resumed=self._resumed, **self._stamp(now)))
-        for pending in list(self.pending.values()):
-            self._requeue(pending)
+        self._sends.requeue()
         return self._flush(now)
 
     def _on_ack(self, payload: frames.MessageAckPayload, now: float) -> list[frames.ClientFrame]:
         key = payload.idempotency_key
         if isinstance(key, str):
-            pending = self._settle(key)
+            pending = self._sends.settle(key)
             conversation_id = payload.conversation_id
             if not isinstance(conversation_id, str):
-                conversation_id = pending.payload.conversation_id if pending else ""
+                conversation_id = pending.conversation_id if pending else ""
             self._record(
                 journal.Acked(
                     conversation_id=conversation_id,
@@ -270,12 +252,12 @@ class Client:
                     message_id=payload.message_id,
                     sequence_number=payload.sequence_number,
                     duplicate=payload.duplicate is True,
+                    change=pending.change if pending else None,
                     **self._stamp(now),
                 )
             )
-            if pending is not None:
-                content = pending.payload.content
-                held = Held(payload.message_id, self.user_id, content, content_hash(content))
+            if pending is not None and pending.change is None:  # the entry of a change comes as all entries do
+                held = Held(payload.message_id, self.user_id, content_hash(pending.content))
                 self._hold_own(conversation_id, payload.sequence_number, held, now)
         return self._flush(now)
 
@@ -294,26 +276,23 @@ class Client:
     def _on_error(self, payload: frames.ErrorPayload, now: float) -> list[frames.ClientFrame]:
         key = payload.idempotency_key if isinstance(payload.idempotency_key, str) else None
         conversation_id = payload.conversation_id if isinstance(payload.conversation_id, str) else None
+        pending = self.pending.get(key) if key is not None else None
         self._record(
             journal.Refused(
                 code=payload.code,
                 retryable=payload.retryable,
                 conversation_id=conversation_id,
                 idempotency_key=key,
+                change=pending.change if pending else None,
                 **self._stamp(now),
             )
         )
         wait = payload.retry_after_ms / 1000 if isinstance(payload.retry_after_ms, int) else 1.0
         if key is not None and key in self.pending:
-            if not payload.retryable:
-                self._settle(key)
+            if payload.retryable:
+                self._sends.postpone(key, wait, now, slow_down=payload.code is ErrorCode.RATE_LIMITED)
             else:
-                pending = self.pending[key]
-                pending.due_at = now + wait
-                if payload.code is ErrorCode.RATE_LIMITED:
-                    # One token's time, so that the bucket is met once and not once for each message behind it.
-                    self._period = max(self._period, min(1.0, wait * 1.1))
-                    self._next_send_at = max(self._next_send_at, now + wait)
+                self._sends.settle(key)
         elif payload.in_reply_to == "sync":
             self._sync_again_at = now + wait
         elif conversation_id is not None and conversation_id in self.logs:
@@ -396,9 +375,7 @@ class Client:
         """Whatever is due by now: retries, confirmations, holes."""
         if self.state is not State.LIVE:
             return []
-        for pending in list(self.pending.values()):
-            if pending.on_the_way and now >= pending.due_at:
-                self._requeue(pending)
+        self._sends.requeue_due(now)
         again: list[frames.ClientFrame] = []
         if self._sync_again_at is not None and now >= self._sync_again_at:
             self._sync_again_at = None
@@ -410,9 +387,7 @@ class Client:
         """When `tick` is needed next; infinity while nothing is open."""
         if self.state is not State.LIVE:
             return float("inf")
-        times = [pending.due_at for pending in self.pending.values() if pending.on_the_way]
-        if self._queue and self._on_the_way < self._habits.window:
-            times.append(self._next_send_at)
+        times = [self._sends.deadline()]
         for conversation_id in self._unconfirmed:
             confirm_at = self.logs[conversation_id].confirm_at
             if confirm_at is not None:
@@ -420,7 +395,7 @@ class Client:
         if self._sync_again_at is not None:
             times.append(self._sync_again_at)
         times.extend(self._ask_at(conversation_id) for conversation_id in self._holes)
-        return min(times, default=float("inf"))
+        return min(times)
 
     def _confirm(self, now: float, wall_ms: int) -> list[frames.ClientFrame]:
         written: list[frames.ClientFrame] = []
@@ -449,8 +424,7 @@ class Client:
         if log.asked_at is not None:
             return log.asked_at + self._habits.ask_seconds
         since = log.hole_since or 0.0
-        own = any(pending.payload.conversation_id == conversation_id for pending in self.pending.values())
-        return since + self._habits.own_gap_seconds if own else since
+        return since + self._habits.own_gap_seconds if self._sends.has_any(conversation_id) else since
 
     def _ask(self, now: float) -> list[frames.ClientFrame]:
         written: list[frames.ClientFrame] = []

@@ -1,31 +1,29 @@
-"""One conversation as a device holds it: what came, what is missing, what is confirmed, and the digest chain over it.
+"""One conversation as a device holds it: what came, what is missing, what is confirmed, the digest chain over it, and
+what has become of its messages.
 
 Used by `client.Client`; pure state, no frames.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import msgspec
 
+from bench.folds import MessageView, is_changed, shown_view, system_event, target_of
+from protocol.models import MessageType, StoredMessage
 from protocol.watermarks import NO_DIGEST, chain_digest, content_hash
-
-if TYPE_CHECKING:
-    from protocol.models import StoredMessage
 
 RETRANSMIT_SPAN = 500
 """Most sequences one `retransmit` may ask for."""
 
 
 class Held(msgspec.Struct, frozen=True, gc=False):
-    """What the digest chain needs of a message."""
+    """What the digest chain needs of a message, and the message itself where it changes something or is changed."""
 
     message_id: str
     sender_id: str
-    content: str
     hashed: bytes
-    """BLAKE2b-128 of what was committed here, also where `content` is something else by now."""
+    """BLAKE2b-128 of what was committed here, also where its content is something else by now."""
+    entry: StoredMessage | None = None
 
 
 class ConversationLog:
@@ -42,6 +40,7 @@ class ConversationLog:
         "hole_since",
         "last_id",
         "unconfirmed",
+        "views",
         "wants_anchor",
     )
 
@@ -58,6 +57,8 @@ class ConversationLog:
         self.digests: dict[int, bytes] = {}
         self.wants_anchor = False
         """The digest is unknown and the server has not been asked for one yet."""
+        self.views: dict[str, MessageView] = {}
+        """Message id → what it looks like by now; of those that are not as they were sent."""
         self._unfolded: dict[int, Held] = {}
         """The newest messages while the digest is unknown: a head may be stated for a sequence already passed."""
 
@@ -82,6 +83,8 @@ class ConversationLog:
                 moved += 1
                 self.last_id = held.message_id
                 self._fold(held, cursor, digests_kept)
+                if held.entry is not None:
+                    self._view(held.entry)
             elif cursor < accounted:
                 cursor += 1
                 self.digest = None
@@ -103,6 +106,14 @@ class ConversationLog:
         self.digests[sequence] = self.digest
         if len(self.digests) > digests_kept:
             del self.digests[next(iter(self.digests))]
+
+    def _view(self, message: StoredMessage) -> None:
+        event = system_event(message)
+        if event is None:
+            if message.message_type is not MessageType.SYSTEM:
+                self.views[message.message_id] = shown_view(message)  # type: ignore[index]  # a held one has an id
+        elif target := target_of(message, event):
+            self.views.setdefault(target, MessageView()).take(event)
 
     def anchor(self, sequence: int, digest: bytes, digests_kept: int) -> None:
         """Fold from here on, where the digest was unknown and everything since `sequence` is held."""
@@ -126,4 +137,5 @@ def held_message(message: StoredMessage) -> Held:
     message_id = message.message_id if isinstance(message.message_id, str) else ""
     changed = isinstance(message.content_hash, str)
     hashed = bytes.fromhex(message.content_hash) if changed else content_hash(message.content)  # type: ignore[arg-type]
-    return Held(message_id, message.sender_id, message.content, hashed)
+    matters = message.message_type is MessageType.SYSTEM or is_changed(message)
+    return Held(message_id, message.sender_id, hashed, message if matters else None)

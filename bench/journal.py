@@ -9,8 +9,10 @@ from collections.abc import Callable
 
 import msgspec
 
+from bench.folds import MessageView
 from protocol.errors import ErrorCode
 from protocol.frames import MessagesPayload, ReceiptUpdatePayload
+from protocol.models import EventKind
 
 
 class Event(msgspec.Struct, frozen=True, gc=False, kw_only=True):
@@ -33,12 +35,15 @@ class Closed(Event, frozen=True, gc=False, kw_only=True):
 
 
 class Sent(Event, frozen=True, gc=False, kw_only=True):
-    """`attempt` 1 is the first try of this key."""
+    """`attempt` 1 is the first try of this key. `change` None: a message; else what is done to the message `target`,
+    with the new content or the emoji as `content`."""
 
     conversation_id: str
     idempotency_key: str
     content: str
     attempt: int
+    change: EventKind | None = None
+    target: str = ""
 
 
 class Acked(Event, frozen=True, gc=False, kw_only=True):
@@ -47,6 +52,7 @@ class Acked(Event, frozen=True, gc=False, kw_only=True):
     message_id: str
     sequence_number: int
     duplicate: bool
+    change: EventKind | None = None
 
 
 class Refused(Event, frozen=True, gc=False, kw_only=True):
@@ -56,6 +62,7 @@ class Refused(Event, frozen=True, gc=False, kw_only=True):
     retryable: bool
     conversation_id: str | None
     idempotency_key: str | None
+    change: EventKind | None = None
 
 
 class Pushed(Event, frozen=True, gc=False, kw_only=True):
@@ -97,6 +104,14 @@ class Rewound(Event, frozen=True, gc=False, kw_only=True):
 
 class Synced(Event, frozen=True, gc=False, kw_only=True):
     """`sync_complete` came."""
+
+
+class Viewed(Event, frozen=True, gc=False, kw_only=True):
+    """What this device shows by now of the messages that are not as they were sent, by message id."""
+
+    conversation_id: str
+    through: int
+    views: dict[str, MessageView]
 
 
 class Contradicted(Event, frozen=True, gc=False, kw_only=True):

@@ -20,11 +20,12 @@ from bench import journal
 from bench.client import Client, Habits, State
 from protocol.codec import JSON, MAX_FRAME_BYTES, SUBPROTOCOL_JSON
 from protocol.errors import AuthErrorCode, CloseCode, Reconnect
+from protocol.frames import Typing, TypingPayload
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from protocol.frames import ClientFrame, ServerFrame
+    from protocol.frames import ClientFrame, DeleteScope, ReactionOp, ServerFrame, TypingState
 
 OPEN_SECONDS: Final = 15.0
 WRITE_SECONDS: Final = 5.0
@@ -150,6 +151,28 @@ class Phone:
             conversation_id, content, receiver_id=receiver_id, reply_to_message_id=reply_to_message_id
         )
         return await self.settled(key)
+
+    async def edit_nowait(self, conversation_id: str, message_id: str, content: str) -> str:
+        """Change one's own message; returns its key as `send_nowait` does, wait for it with `settled`."""
+        key, out = self.client.edit(conversation_id, message_id, content, trio.current_time())
+        await self._write(out)
+        return key
+
+    async def delete_nowait(self, conversation_id: str, message_id: str, scope: DeleteScope) -> str:
+        """Delete a message, for everybody or for oneself."""
+        key, out = self.client.delete(conversation_id, message_id, scope, trio.current_time())
+        await self._write(out)
+        return key
+
+    async def react_nowait(self, conversation_id: str, message_id: str, emoji: str, op: ReactionOp) -> str:
+        """React to a message, or take a reaction back."""
+        key, out = self.client.react(conversation_id, message_id, emoji, op, trio.current_time())
+        await self._write(out)
+        return key
+
+    async def typing(self, conversation_id: str, state: TypingState) -> None:
+        """Say that the user writes, or has stopped."""
+        await self._write([Typing(payload=TypingPayload(conversation_id=conversation_id, state=state))])
 
     async def settled(self, key: str) -> Settled:
         """Wait for the fate of a key of `send_nowait` that is still pending."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from typing import Any
 
+import msgspec
 from msgspec import UNSET
 
 from protocol import codec, frames
@@ -35,6 +37,33 @@ def system(sequence: int, event: str, *targets: str) -> StoredMessage:
     """An entry that changes who is in the group."""
     content = codec.encode_value(SystemEvent(event=EventKind(event), actor=targets[0], targets=list(targets))).decode()
     return stored(sequence, SYSTEM_SENDER, content)
+
+
+def changed(
+    sequence: int, event: EventKind, actor: str, target: str, *, shown_target: bool = True, **fields: Any
+) -> StoredMessage:
+    """An entry that changes the message `target`. A `hidden` one names neither actor nor target, but to its actor."""
+    named = [] if event is EventKind.HIDDEN else [target]
+    who = "" if event is EventKind.HIDDEN else actor
+    content = codec.encode_value(SystemEvent(event=event, actor=who, targets=named, **fields)).decode()
+    message = stored(sequence, SYSTEM_SENDER, content)
+    return msgspec.structs.replace(message, target_message_id=target) if shown_target else message
+
+
+def edited(message: StoredMessage, content: str) -> StoredMessage:
+    """The message as it is shown after an edit."""
+    return msgspec.structs.replace(message, content=content, edited_at=WHEN, content_hash=original(message))
+
+
+def erased(message: StoredMessage) -> StoredMessage:
+    """The message as it is shown once it is deleted."""
+    return msgspec.structs.replace(message, content="", deleted_at=WHEN, content_hash=original(message))
+
+
+def original(message: StoredMessage) -> str:
+    if isinstance(message.content_hash, str):
+        return message.content_hash
+    return content_hash(message.content).hex()
 
 
 def payload(*messages: StoredMessage, origin: str = "live", through: int | None = None) -> frames.MessagesPayload:

@@ -6,14 +6,20 @@ import pytest
 
 from bench import journal
 from bench.client import Client, State
+from bench.folds import MessageView
 from protocol import frames
 from protocol.errors import ErrorCode
+from protocol.frames import DeleteScope, ReactionOp
+from protocol.models import EventKind
 from tests.bench.scripted_log import (
     AUTH_SUCCESS,
     CONVERSATION,
     accounted,
     ack,
+    changed,
     digest_of,
+    edited,
+    erased,
     pushed,
     stored,
     sync_complete,
@@ -238,3 +244,100 @@ def test_reading_names_the_last_message_held(play: Play) -> None:
     assert play.client.read(CONVERSATION, play.now, 5) == []
     play.give(*others(1, 4))
     assert play.client.read(CONVERSATION, play.now, 5) == [frames.ReadReceipt(message_ids=["msg_4"], timestamp=5)]
+
+
+def change(play: Play, kind: str) -> tuple[str, list[frames.ClientFrame]]:
+    client = play.client
+    match kind:
+        case "edit":
+            return client.edit(CONVERSATION, "msg_1", "better", play.now)
+        case "delete":
+            return client.delete(CONVERSATION, "msg_1", DeleteScope.ME, play.now)
+        case _:
+            return client.react(CONVERSATION, "msg_1", "+1", ReactionOp.ADD, play.now)
+
+
+@pytest.mark.parametrize("kind", ["edit", "delete", "react"])
+def test_a_change_is_pending_like_a_send(play: Play, kind: str) -> None:
+    key, first = change(play, kind)
+    assert list(play.client.pending) == [key]
+    assert play.pass_time(9.9) == []
+    assert play.pass_time(0.2) == first
+    play.client.closed(1006, play.now)
+    assert play.go_live()[1:] == first
+    play.give(ack(key, 2))
+    assert play.client.pending == {}
+    (acked,) = play.noted(journal.Acked)
+    (sent, *again) = play.noted(journal.Sent)
+    assert isinstance(acked, journal.Acked)
+    assert isinstance(sent, journal.Sent)
+    assert acked.change is sent.change is not None
+    assert sent.target == "msg_1"
+    assert len(again) == 2
+
+
+def test_a_refused_change_is_over(play: Play) -> None:
+    key, _ = change(play, "edit")
+    play.give(frames.error_frame(ErrorCode.TOO_LATE, "too late", idempotency_key=key, conversation_id=CONVERSATION))
+    assert play.client.pending == {}
+    (refused,) = play.noted(journal.Refused)
+    assert isinstance(refused, journal.Refused)
+    assert refused.change is EventKind.EDITED
+
+
+def test_the_ack_of_a_change_is_not_its_entry(play: Play) -> None:
+    play.give(*others(1, 1))
+    key, _ = change(play, "react")
+    play.give(ack(key, 2))
+    assert play.client.logs[CONVERSATION].cursor == 1
+    play.give(pushed(changed(2, EventKind.REACTED, ME, "msg_1", emoji="+1")))
+    assert play.client.logs[CONVERSATION].cursor == 2
+
+
+def views(play: Play) -> dict[str, MessageView]:
+    return play.client.logs[CONVERSATION].views
+
+
+def test_changes_fold_in_order(play: Play) -> None:
+    play.give(*others(1, 2))
+    play.give(pushed(changed(3, EventKind.EDITED, OTHER, "msg_1", content="one")))
+    play.give(pushed(changed(4, EventKind.EDITED, OTHER, "msg_1", content="two")))
+    for sequence, kind, user in ((5, "reacted", ME), (6, "reacted", OTHER), (7, "unreacted", ME)):
+        play.give(pushed(changed(sequence, EventKind(kind), user, "msg_1", emoji="+1")))
+    assert views(play) == {"msg_1": MessageView(content="two", edited=True, reactions=frozenset({(OTHER, "+1")}))}
+    play.give(pushed(changed(8, EventKind.DELETED, OTHER, "msg_1")))
+    assert views(play) == {"msg_1": MessageView(content="", deleted=True, edited=True)}
+
+
+def test_what_others_hide_from_themselves_stays(play: Play) -> None:
+    play.give(*others(1, 2))
+    play.give(pushed(changed(3, EventKind.HIDDEN, OTHER, "msg_1", shown_target=False, commitment="ab")))
+    assert views(play) == {}
+    play.give(pushed(changed(4, EventKind.HIDDEN, ME, "msg_2", commitment="cd")))
+    assert views(play)["msg_2"].deleted
+
+
+def test_a_page_that_shows_the_end_folds_to_the_same_end(play: Play) -> None:
+    """Everything of it comes changed already, and so does the edit, whose content went with the deletion."""
+    first = edited(stored(1, OTHER, "a"), "c")
+    gone = erased(stored(2, OTHER, "b"))
+    log = [
+        first,
+        gone,
+        changed(3, EventKind.EDITED, OTHER, "msg_1", content="x"),
+        changed(4, EventKind.EDITED, OTHER, "msg_1", content="c"),
+        erased(changed(5, EventKind.EDITED, OTHER, "msg_2", content="secret")),
+        changed(6, EventKind.DELETED, OTHER, "msg_2"),
+    ]
+    play.give(pushed(*log, origin="backlog"))
+    assert views(play)["msg_1"] == MessageView(content="c", edited=True)
+    assert views(play)["msg_2"].deleted
+    assert views(play)["msg_1"].shows_as(first)
+    assert views(play)["msg_2"].shows_as(gone)
+
+
+def test_the_digest_is_proven_over_changed_content(play: Play) -> None:
+    log = [stored(1, OTHER, "a"), stored(2, OTHER, "b"), changed(3, EventKind.EDITED, OTHER, "msg_1", content="x")]
+    shown = [edited(log[0], "x"), *log[1:]]
+    play.give(pushed(*shown, origin="backlog"), sync_complete(3, digest_of(*log)))
+    assert play.client.proven == {CONVERSATION}
