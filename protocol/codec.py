@@ -84,9 +84,10 @@ class FrameCodec:
     def _look_inside(self, probe: _Probe) -> _Probe:
         """An added frame carries its ids in the payload."""
         try:
-            return self._probe(probe.payload)
+            inside: _Probe = self._probe(probe.payload)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return probe
+        return inside
 
 
 def _short(value: object, limit: int) -> str | None:

@@ -367,10 +367,11 @@ class Watched(Record, frozen=True, gc=False):
 
 
 class PresenceAnswer(Record, tag="W", frozen=True, gc=False):
-    """Those of the people asked for whom this connection's user may watch, as they are now."""
+    """Those of the people asked for whom this connection's user may watch, as they are now; `refused`: the others."""
 
     connection: int
     people: list[Watched]
+    refused: list[str]
 
 
 class Replaced(Record, tag="X", frozen=True, gc=False):
@@ -427,11 +428,15 @@ UserSignal = Revoked | Tell
 
 
 class PresenceChange(msgspec.Struct, frozen=True):
-    """On `presence:{user_id}`. `hidden_from`: a user id, or `*`, who may no longer watch this person."""
+    """On `presence:{user_id}`. `hidden_from`: a user id, or `*`, who may no longer watch this person.
+
+    `settled`: no quick return is to be waited for (a dead gateway was buried).
+    """
 
     status: UserStatus
     last_seen: int
     hidden_from: str = ""
+    settled: bool = False
 
 
 class MigrationTicket(msgspec.Struct, frozen=True):

@@ -42,18 +42,18 @@ class Session(Backlog):
     __slots__ = (
         "_bad_count",
         "_bad_since",
-        "_expires_at",
         "_handlers",
         "_lookups",
         "_messages",
-        "_migrating",
         "_ping_at",
         "_rate_count",
         "_rate_since",
         "_resume",
         "_typing",
+        "expires_at",
         "heard_at",
         "in_flight",
+        "migrating",
         "session_id",
     )
 
@@ -65,11 +65,13 @@ class Session(Backlog):
         self.in_flight: dict[str, tuple[float, str]] | None = None
         """Idempotency key → (deadline of its outcome, client_message_id)."""
         self._ping_at = now + limits.heartbeat_seconds
-        self._expires_at = float("inf")
-        self._migrating = False
+        self.expires_at = float("inf")
+        """When the token ends, on the clock of `now`."""
+        self.migrating = False
+        """The client was told to go on elsewhere."""
         self._resume: dict[str, int] = {}
-        self._typing: dict[str, tuple[float, float]] | None = None
-        """Conversation → (when it was last passed on, when it ends by itself)."""
+        self._typing: dict[str, tuple[float, float | None]] | None = None
+        """Conversation → (when it was last passed on, when it ends by itself; None once it has stopped)."""
         self._messages: TokenBucket | None = None
         self._lookups: TokenBucket | None = None
         self._bad_count = self._rate_count = 0
@@ -292,13 +294,14 @@ class Session(Backlog):
         return [Ask(query)]
 
     def _on_typing(self, frame: frames.Typing, now: float, wall_ms: int) -> list[Command]:
-        """Pass on the first `start` and every `stop` that ends one; the rest is dropped without a word."""
+        """Pass on a `start` per spacing and the `stop` that ends it; the rest is dropped without a word."""
         conversation_id = frame.payload.conversation_id
         running = self._typing or {}
-        told, _ = running.get(conversation_id, (float("-inf"), 0.0))
+        told, ends = running.get(conversation_id, (float("-inf"), None))
         if frame.payload.state is frames.TypingState.STOP:
-            if running.pop(conversation_id, None) is None:
+            if ends is None:
                 return []
+            running[conversation_id] = (told, None)  # kept for its spacing
             return [Signal(records.Typing(self.user_id, conversation_id, False))]
         if now - told < self._limits.typing_spacing_seconds:
             return []
@@ -310,10 +313,20 @@ class Session(Backlog):
 
     def _stop_typing(self, now: float) -> list[Command]:
         """Whoever went silent while writing has stopped."""
-        over = [name for name, (_, ends) in (self._typing or {}).items() if now >= ends]
-        for name in over:
-            del self._typing[name]  # type: ignore[union-attr]
+        running, spacing = self._typing or {}, self._limits.typing_spacing_seconds
+        over = [name for name, (_, ends) in running.items() if ends is not None and now >= ends]
+        rest = {
+            name: (told, ends)
+            for name, (told, ends) in running.items()
+            if (now - told < spacing if ends is None else now < ends)
+        }
+        self._typing = rest or None
         return [Signal(records.Typing(self.user_id, name, False)) for name in over]
+
+    def leave_typing(self) -> list[records.Typing]:
+        """The connection is over: whatever it was typing has stopped."""
+        running, self._typing = self._typing or {}, None
+        return [records.Typing(self.user_id, name, False) for name, (_, ends) in running.items() if ends is not None]
 
     def _on_presence_subscribe(self, frame: frames.PresenceSubscribe, now: float, wall_ms: int) -> list[Command]:
         user_ids = frame.payload.user_ids
@@ -342,7 +355,7 @@ class Session(Backlog):
         """The token is good until `expires_at` (monotonic). `bucket`: the user's message rate, for all its devices."""
         if self.state is State.CLOSED or self.state is State.OPENING:
             return []
-        self._expires_at = expires_at
+        self.expires_at = expires_at
         self.issued_ms = issued_ms
         if self.state is State.LIVE:
             if user_id != self.user_id or device_id != self.device_id:
@@ -373,12 +386,15 @@ class Session(Backlog):
     # --- answers and deliveries in -----------------------------------------------------------------------------------
 
     def opened(self, answer: records.OpenAnswer, now: float, wall_ms: int) -> list[Command]:
-        """Where the user's conversations stand: `auth_success`, then pages of what is behind, then `sync_complete`."""
+        """Where the user's conversations stand: `auth_success`, then pages of what is behind, then `sync_complete`.
+
+        A refusal ends the session whenever it comes: the gateway may ask only to see whether the token is still good.
+        """
+        if answer.refusal is not None:
+            return self.refuse(answer.refusal)
         sync = self._sync
         if sync is None or sync.answered or self.state is State.CLOSED:
             return []
-        if answer.refusal is not None:
-            return self.refuse(answer.refusal)
         commands: list[Command] = []
         if sync.reply_auth:
             commands.append(Send(self._auth_success(answer.unread, wall_ms)))
@@ -429,7 +445,7 @@ class Session(Backlog):
         """This gateway ends: the client is told where to go. Its connection is served until it has gone."""
         if self.state is not State.LIVE:
             return []
-        self._migrating = True
+        self.migrating = True
         payload = frames.MigrationPayload(new_endpoint=endpoint, session_token=session_token)
         return [Send(frames.Migration(payload=payload))]
 
@@ -437,7 +453,7 @@ class Session(Backlog):
         """The same user and device connected again: the newest wins."""
         if self.state is State.CLOSED:
             return []
-        if self._migrating:
+        if self.migrating:
             return self.close(CloseCode.RESTART)
         return [Send.error(ErrorCode.REPLACED, "this device connected again"), *self.close(CloseCode.REPLACED)]
 
@@ -454,7 +470,7 @@ class Session(Backlog):
             return self._shut(AuthErrorCode.AUTH_REQUIRED, CloseCode.AUTH_TIMEOUT)
         if now - self.heard_at >= self._limits.dead_seconds:
             return self.close(CloseCode.AUTH_TIMEOUT)
-        if now >= self._expires_at:
+        if now >= self.expires_at:
             return self._shut(AuthErrorCode.EXPIRED_TOKEN, CloseCode.AUTH)
         if state is State.OPENING:
             if now >= self._deadline:
@@ -491,7 +507,7 @@ class Session(Backlog):
         return min(
             max(self.heard_at + self._limits.heartbeat_seconds, self._ping_at),
             self.heard_at + self._limits.dead_seconds,
-            self._expires_at,
+            self.expires_at,
         )
 
     def _shut(self, error: AuthErrorCode, code: CloseCode, retry_after_ms: int | None = None) -> list[Command]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from msgspec import UNSET, UnsetType
 
 from protocol import frames, records
+from protocol.commands import Send
 from protocol.limits import Limits, TokenBucket
 from protocol.models import MessagePayload, MessageType
 from protocol.session import Session
@@ -35,6 +36,42 @@ def message(
             conversation_id="conv_1", content=content, message_type=kind, media_url=media_url, timestamp=WALL_MS
         ),
     )
+
+
+def edit(key: str = "e1", content: str = "better") -> frames.MessageEdit:
+    return frames.MessageEdit(
+        payload=frames.EditPayload(
+            client_message_id="c1", idempotency_key=key, conversation_id="conv_1", message_id="msg_1", content=content
+        )
+    )
+
+
+def delete(key: str = "d1", scope: frames.DeleteScope = frames.DeleteScope.ALL) -> frames.MessageDelete:
+    return frames.MessageDelete(
+        payload=frames.DeletePayload(idempotency_key=key, conversation_id="conv_1", message_id="msg_1", scope=scope)
+    )
+
+
+def reaction(key: str = "r1", op: frames.ReactionOp = frames.ReactionOp.ADD) -> frames.MessageReaction:
+    return frames.MessageReaction(
+        payload=frames.ReactionPayload(
+            idempotency_key=key, conversation_id="conv_1", message_id="msg_1", emoji="+1", op=op
+        )
+    )
+
+
+def typing(conversation_id: str = "conv_1", state: frames.TypingState = frames.TypingState.START) -> frames.Typing:
+    return frames.Typing(payload=frames.TypingPayload(conversation_id=conversation_id, state=state))
+
+
+def presence_subscribe(*user_ids: str) -> frames.PresenceSubscribe:
+    return frames.PresenceSubscribe(payload=frames.PeoplePayload(user_ids=list(user_ids)))
+
+
+def error_of(command: object) -> frames.ErrorPayload:
+    assert isinstance(command, Send)
+    assert isinstance(command.frame, frames.Error)
+    return command.frame.payload
 
 
 def new_session(limits: Limits | None = None) -> Session:

@@ -10,7 +10,7 @@ import pytest
 
 from protocol import codec, frames
 from protocol.errors import AuthErrorCode, ErrorCode
-from protocol.models import MessageStatus, MessageType, StoredMessage
+from protocol.models import MessageStatus, MessageType, StoredMessage, UserStatus
 
 T = 1_732_300_000_000
 STORED = StoredMessage(
@@ -86,6 +86,26 @@ SERVER_SHAPES: list[tuple[frames.ServerFrame, str]] = [
         ),
         '{"type":"conversation_update","payload":{"conversation_id":"conv_1","unread_count":0,"event":"read","version":1}}',
     ),
+    (
+        frames.TypingNotice(
+            payload=frames.TypingNoticePayload(
+                conversation_id="conv_1", user_id="usr_b", state=frames.TypingState.START
+            )
+        ),
+        '{"type":"typing","payload":{"conversation_id":"conv_1","user_id":"usr_b","state":"start"}}',
+    ),
+    (
+        frames.PresenceNotice(payload=frames.PresencePayload(user_id="usr_b", status=UserStatus.OFFLINE, last_seen=T)),
+        '{"type":"presence","payload":{"user_id":"usr_b","status":"offline","last_seen":1732300000000}}',
+    ),
+    (
+        frames.KeysLow(payload=frames.KeysLowPayload(device_id="phone", remaining=3)),
+        '{"type":"keys_low","payload":{"device_id":"phone","remaining":3}}',
+    ),
+    (
+        frames.IdentityChanged(payload=frames.IdentityChangedPayload(user_id="usr_b", device_id="phone", version=4)),
+        '{"type":"identity_changed","payload":{"user_id":"usr_b","device_id":"phone","version":4}}',
+    ),
 ]
 
 CLIENT_SHAPES: list[tuple[str, type[frames.ClientFrame]]] = [
@@ -105,6 +125,24 @@ CLIENT_SHAPES: list[tuple[str, type[frames.ClientFrame]]] = [
     ('{"type":"retransmit","conversation_id":"conv_1","from_sequence":2,"to_sequence":4}', frames.Retransmit),
     ('{"type":"sync","payload":{"cursors":{"conv_1":5},"limit":100}}', frames.Sync),
     ('{"type":"history","payload":{"conversation_id":"conv_1","before_sequence":9,"limit":50}}', frames.History),
+    (
+        '{"type":"message_edit","payload":{"client_message_id":"c1","idempotency_key":"k","conversation_id":"conv_1",'
+        '"message_id":"msg_1","content":"y"}}',
+        frames.MessageEdit,
+    ),
+    (
+        '{"type":"message_delete","payload":{"client_message_id":"c1","idempotency_key":"k","conversation_id":"conv_1",'
+        '"message_id":"msg_1","scope":"all"}}',
+        frames.MessageDelete,
+    ),
+    (
+        '{"type":"reaction","payload":{"client_message_id":"c1","idempotency_key":"k","conversation_id":"conv_1",'
+        '"message_id":"msg_1","emoji":"+1","op":"add"}}',
+        frames.MessageReaction,
+    ),
+    ('{"type":"typing","payload":{"conversation_id":"conv_1","state":"start"}}', frames.Typing),
+    ('{"type":"presence_subscribe","payload":{"user_ids":["usr_1"]}}', frames.PresenceSubscribe),
+    ('{"type":"presence_unsubscribe","payload":{"user_ids":["usr_1"]}}', frames.PresenceUnsubscribe),
     ('{"type":"goodbye"}', frames.Goodbye),
 ]
 
@@ -128,7 +166,7 @@ def test_a_client_frame_of_this_json_is_understood(text: str, kind: type[frames.
 def with_defaults(expected: dict[str, Any]) -> dict[str, Any]:
     """What a client may leave out and the struct fills in with null or a default when it is encoded again."""
     if expected["type"] == "message":
-        expected["payload"] |= {"media_url": None, "reply_to_message_id": None}
+        expected["payload"] |= {"media_url": None, "reply_to_message_id": None, "forwarded": False}
     return expected
 
 
@@ -163,8 +201,19 @@ def test_frames_are_frozen() -> None:
         frames.Heartbeat(timestamp=1).timestamp = 2  # type: ignore[misc]
 
 
+OTHER_TAGS = {
+    frames.MessageReaction: "reaction",
+    frames.TypingNotice: "typing",
+    frames.PresenceNotice: "presence",
+}
+"""`Reaction` is the model's, and a frame of both directions has two classes."""
+
+
 def test_every_frame_is_tagged_with_its_snake_case_name() -> None:
     for kind in (*frames.ClientFrame.__args__, *frames.ServerFrame.__args__):
+        if kind in OTHER_TAGS:
+            assert kind.__struct_config__.tag == OTHER_TAGS[kind]
+            continue
         name = "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in kind.__name__).lstrip("_")
         assert kind.__struct_config__.tag == name
         assert kind.__struct_config__.tag_field == "type"

@@ -89,7 +89,9 @@ def test_a_message_document_keeps_dates_and_bytes() -> None:
 
 
 def test_what_a_viewer_sees_has_no_server_fields() -> None:
-    assert set(StoredMessage.__struct_encode_fields__) == {*STORED, "media_url", "reply_to_message_id"}
+    optional = {"media_url", "reply_to_message_id", "forwarded", "target_message_id", "reactions"}
+    changed = {"expires_at", "edited_at", "deleted_at", "content_hash"}
+    assert set(StoredMessage.__struct_encode_fields__) == {*STORED, *optional, *changed}
 
 
 def test_dates_are_rfc_3339_in_json() -> None:

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol import codec, records
-from protocol.errors import ErrorCode
-from protocol.models import ConversationType, MessageType
+from protocol.errors import AuthErrorCode, ErrorCode
+from protocol.models import ConversationType, MessageType, Presence, Role, UserStatus
 
 INGEST: list[records.IngestRecord] = [
     records.SendMessage("gw", 1, "u", "d", "c", "m1", "k", "", "text", MessageType.TEXT, None, None, 5),
@@ -20,6 +20,23 @@ INGEST: list[records.IngestRecord] = [
     records.CreateConversation("rest", "q", "cmd", "c", ConversationType.GROUP, "u", ["u", "v"], ""),
     records.AddParticipants("rest", "q", "cmd", "c", "u", ["w"]),
     records.RemoveParticipant("rest", "q", "cmd", "c", "u", "w"),
+    *(
+        records.ChangeMessage("gw", 1, "", "u", "d", "c", "m1", "k", "msg_1", change)
+        for change in (records.Edit("text"), records.Delete(True), records.React("+1", False))
+    ),
+    records.Typing("u", "c", True),
+    *(
+        records.ChangeConversation("rest", "q", "cmd", "c", "u", change)
+        for change in (
+            records.SetRole("w", Role.ADMIN),
+            records.Rename("title"),
+            records.Silence("w", 5),
+            records.Ban("w"),
+            records.Unban("w"),
+            records.SetDisappearing(60),
+        )
+    ),
+    records.SetMember("c", "u", None, True),
 ]
 QUERIES: list[records.Query] = [
     records.OpenQuery("gw", 1, "u", "d", {"c": 4}),
@@ -27,6 +44,7 @@ QUERIES: list[records.Query] = [
     records.RangeQuery("gw", 1, "u", "c", 4, 9),
     records.HistoryQuery("gw", 1, "u", "c", 9, 50),
     records.HeadsQuery("gw", ["u", "v"]),
+    records.PresenceQuery("gw", 1, "u", ["v", "w"]),
 ]
 DOWN: list[records.DownItem] = [
     records.Outcome(1, "k", b"{}"),
@@ -34,6 +52,8 @@ DOWN: list[records.DownItem] = [
     records.Delivery("c", 4, 6, ["u"], 0, b"{}"),
     records.Notice(["u"], b"{}"),
     records.OpenAnswer(1, 3, [records.OpenHead("c", 4, 6, bytes(16))]),
+    records.OpenAnswer(1, 0, [], AuthErrorCode.REVOKED),
+    records.PresenceAnswer(1, [records.Watched("v", UserStatus.OFFLINE, 5)], ["w"]),
     records.PageAnswer(1, "c", 5, 6, False, bytes(16), b"{}"),
     records.Reply(1, b"{}"),
     records.HeadsAnswer([records.UserHead("u", "c", 6)]),
@@ -89,3 +109,16 @@ def test_an_instance_says_what_it_is_in_json() -> None:
         b'{"kind":"gateway","endpoint":"ws://127.0.0.1:8765","load":3,"draining":false}'
     )
     assert codec.decode_instance(codec.encode_value(info)) == info
+
+
+@pytest.mark.parametrize(
+    "signal",
+    [records.Revoked("d", 5), records.Tell(msgspec.Raw(b'{"type":"keys_low"}')), records.Tell(msgspec.Raw(b"{}"), "d")],
+)
+def test_a_signal_comes_back_as_it_went(signal: records.UserSignal) -> None:
+    assert codec.decode_signal(codec.encode_value(signal)) == signal
+
+
+def test_the_presence_that_redis_holds_is_a_change_too() -> None:
+    shown = codec.encode_value(Presence(status=UserStatus.ONLINE, last_seen=5))
+    assert codec.decode_presence_change(shown) == records.PresenceChange(UserStatus.ONLINE, 5)

@@ -15,6 +15,9 @@ from protocol.session import TRANSITIONS, Session
 from tests.protocol.playbook import (
     WALL_MS,
     auth,
+    delete,
+    edit,
+    error_of,
     live_session,
     message,
     new_session,
@@ -22,6 +25,9 @@ from tests.protocol.playbook import (
     open_query,
     opening_session,
     page_query,
+    presence_subscribe,
+    reaction,
+    typing,
 )
 
 EVERY_FRAME: list[frames.ClientFrame] = [
@@ -33,14 +39,14 @@ EVERY_FRAME: list[frames.ClientFrame] = [
     frames.Retransmit(conversation_id="conv_1", from_sequence=1, to_sequence=2),
     frames.Sync(payload=frames.SyncPayload()),
     frames.History(payload=frames.HistoryPayload(conversation_id="conv_1", before_sequence=9)),
+    edit(),
+    delete(),
+    reaction(),
+    typing(),
+    presence_subscribe("usr_b"),
+    frames.PresenceUnsubscribe(payload=frames.PeoplePayload(user_ids=["usr_b"])),
     frames.Goodbye(),
 ]
-
-
-def error_of(command: object) -> frames.ErrorPayload:
-    assert isinstance(command, Send)
-    assert isinstance(command.frame, frames.Error)
-    return command.frame.payload
 
 
 def auth_refusal(
