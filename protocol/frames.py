@@ -7,7 +7,7 @@ their fields in `payload`. Unknown fields are ignored, optional fields are left 
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Final, get_args
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -427,6 +427,48 @@ ServerFrame = (
 )
 
 CLIENT_TAGS = frozenset(kind.__struct_config__.tag for kind in get_args(ClientFrame))
+
+_ANY: Final = frozenset((ErrorCode.VALIDATION_FAILED,))
+"""What the codec says of any frame with a field out of bounds."""
+_WRITTEN: Final = _ANY | {
+    ErrorCode.CONVERSATION_NOT_FOUND,
+    ErrorCode.FORBIDDEN,
+    ErrorCode.MUTED,
+    ErrorCode.BLOCKED,
+    ErrorCode.IDEMPOTENCY_CONFLICT,
+    ErrorCode.RATE_LIMITED,
+    ErrorCode.TOO_LARGE,
+    ErrorCode.STORAGE_UNAVAILABLE,
+    ErrorCode.OVERLOADED,
+}
+_CHANGED: Final = _WRITTEN | {ErrorCode.NOT_FOUND, ErrorCode.TOO_LATE}
+_LOOKED_UP: Final = _ANY | {
+    ErrorCode.CONVERSATION_NOT_FOUND,
+    ErrorCode.RATE_LIMITED,
+    ErrorCode.STORAGE_UNAVAILABLE,
+}
+
+REFUSALS: Final[dict[type[Frame], frozenset[ErrorCode]]] = {
+    Auth: _ANY | {ErrorCode.FORBIDDEN},
+    Message: _WRITTEN,
+    DeliveryAck: _ANY,
+    ReadReceipt: _ANY,
+    Heartbeat: _ANY,
+    Retransmit: _LOOKED_UP,
+    Sync: _ANY | {ErrorCode.RATE_LIMITED},
+    History: _LOOKED_UP,
+    MessageEdit: _CHANGED,
+    MessageDelete: _CHANGED - {ErrorCode.TOO_LARGE},
+    MessageReaction: _CHANGED - {ErrorCode.TOO_LARGE},
+    Typing: _ANY,
+    PresenceSubscribe: _ANY | {ErrorCode.RATE_LIMITED},
+    PresenceUnsubscribe: _ANY,
+    Goodbye: _ANY,
+}
+"""Client frame → codes of the `error` it may be answered with, whoever refuses it: codec, session, gateway or worker.
+
+Besides these a token that is no good is answered by `auth_error`, and what is no frame by bad_frame or unknown_type.
+"""
 
 
 def error_frame(

@@ -26,7 +26,7 @@ from protocol import keys, records
 from protocol.errors import ErrorCode
 from workers import metrics
 from workers.instances import Instance
-from workers.rest import conversations, health, users
+from workers.rest import conversations, device_keys, health, users
 from workers.rest.desk import Desk, now_ms
 from workers.rest.errors import EXCEPTION_HANDLERS, RestError
 from workers.settings import SettingError, Settings
@@ -49,6 +49,11 @@ ROUTES: Final = [
     conversations.list_messages,
     conversations.add_participants,
     conversations.remove_participant,
+    device_keys.put_identity,
+    device_keys.add_one_time_keys,
+    device_keys.list_own_keys,
+    device_keys.list_user_keys,
+    device_keys.claim_keys,
     health.live,
     health.ready,
     health.metrics,
