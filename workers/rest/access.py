@@ -26,9 +26,10 @@ _JSON: Final = "application/json"
 
 
 class Caller(msgspec.Struct, frozen=True):
-    """Who asks: a user, or the administrator (`user_id` None)."""
+    """Who asks: a user, or the administrator (`user_id` None). `device_id`: the one a token is bound to."""
 
     user_id: str | None
+    device_id: str | None = None
 
     @property
     def user(self) -> str:
@@ -70,7 +71,7 @@ def user_guard(connection: Connection, _: BaseRouteHandler) -> None:
     claims = _desk(connection).tokens.verify(_bearer(connection), now_ms() // 1000)
     if claims is None:
         raise _unauthorized()
-    connection.scope["user"] = Caller(claims.sub)
+    connection.scope["user"] = Caller(claims.sub, claims.device_id)
 
 
 def actor_guard(connection: Connection, handler: BaseRouteHandler) -> None:
@@ -83,7 +84,7 @@ def actor_guard(connection: Connection, handler: BaseRouteHandler) -> None:
 
 def shape_guard(connection: Connection, handler: BaseRouteHandler) -> None:
     """A body is plain JSON; query parameters are those of the route (`opt["query"]`), each at most once."""
-    if connection.scope.get("method") == "POST":
+    if handler.parsed_data_field is not None:
         media_type = connection.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media_type != _JSON:
             raise RestError(ErrorCode.VALIDATION_FAILED, f"the body must be {_JSON}", 415)
