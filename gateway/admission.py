@@ -21,6 +21,7 @@ from protocol.errors import AuthErrorCode
 
 if TYPE_CHECKING:
     from protocol.frames import AuthPayload
+    from protocol.records import MigrationTicket
 
 _ALGORITHMS: Final = ["EdDSA", "Ed25519"]
 """RFC 8037 and its successor name, RFC 9864, of the same signature."""
@@ -40,6 +41,8 @@ class Admitted(msgspec.Struct, frozen=True):
     user_id: str
     device_id: str
     expires_at: float
+    issued_ms: int = 0
+    """Epoch ms of when the token was made; 0: unknown."""
 
 
 class Refused(msgspec.Struct, frozen=True):
@@ -99,6 +102,27 @@ class Admission:
         if isinstance(outcome, Refused):
             self._count_failure(remote, now)
         return outcome
+
+    def check_address(self, remote: str, now: float) -> Refused | None:
+        """Has this address failed too often for a session token of it to be looked up?"""
+        wait = self._blocked_for(remote, now)
+        return Refused(AuthErrorCode.RATE_LIMITED, int(wait * 1000) + 1) if wait > 0.0 else None
+
+    def check_ticket(
+        self, ticket: MigrationTicket | None, payload: AuthPayload, remote: str, now: float, wall_ms: int
+    ) -> Admitted | Refused:
+        """What a session token stood for (None: never made, taken already, or too old) against what the client says.
+
+        A failure counts against `remote` as that of any token.
+        """
+        if ticket is None or (ticket.user_id, ticket.device_id) != (payload.user_id, payload.device_id):
+            self._count_failure(remote, now)
+            return Refused(AuthErrorCode.INVALID_TOKEN)
+        if ticket.expires_ms <= wall_ms:
+            self._count_failure(remote, now)
+            return Refused(AuthErrorCode.EXPIRED_TOKEN)
+        expires_at = now + (ticket.expires_ms - wall_ms) / 1000
+        return Admitted(ticket.user_id, ticket.device_id, expires_at, ticket.issued_ms)
 
     def _verify(self, token: str) -> _Claims | None:
         """The claims of a token with a good signature, None for any other."""

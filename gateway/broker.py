@@ -18,7 +18,15 @@ from gateway.receipts import Mark, ReceiptCollector
 from gateway.registry import Attachment, RegistryScripts
 from gateway.wire import Address, ReplyFailed, Wire, WireError, WireFull, is_out_of_memory, pack
 from protocol import keys, records
-from protocol.codec import decode_down, decode_registry, encode_down, encode_record, encode_value
+from protocol.codec import (
+    decode_down,
+    decode_instance,
+    decode_registry,
+    decode_ticket,
+    encode_down,
+    encode_record,
+    encode_value,
+)
 from protocol.errors import ErrorCode
 
 if TYPE_CHECKING:
@@ -56,6 +64,10 @@ class Receiver(Protocol):
     def query_failed(self, query: records.Query, code: ErrorCode) -> None:
         """A query that `ask` took is lost."""
 
+    def redeemed(self, connection: int, found: records.MigrationTicket | ErrorCode | None) -> None:
+        """What the session token stood for that `redeem` took: None for nothing (any more), a code where Redis did not
+        say."""
+
     def recovered(self, forgotten: bool) -> None:
         """The broker is up again after it was away; `forgotten`: Redis came back without what we had written."""
 
@@ -87,6 +99,9 @@ class Broker(Protocol):
 
     def refresh(self, attachments: Sequence[Attachment]) -> None:
         """All connections of one user are still there."""
+
+    def redeem(self, connection: int, session_token: str) -> ErrorCode | None:
+        """Take what a session token stands for, once. An error code at once, or later `Receiver.redeemed`."""
 
     def missing(self) -> list[str]:
         """What is not ready; empty when everything is."""
@@ -228,6 +243,48 @@ class RedisBroker:
     def refresh(self, attachments: Sequence[Attachment]) -> None:
         """See `Broker.refresh`."""
         self._post_unless_down(self._registry.refresh(attachments, self._wall_ms()), None)
+
+    def redeem(self, connection: int, session_token: str) -> ErrorCode | None:
+        """See `Broker.redeem`."""
+        try:
+            self.commands.post(pack("GETDEL", keys.migration(session_token)), self._redeemed, connection)
+        except WireError as error:
+            return _code_of(error)
+        return None
+
+    def _redeemed(self, connection: int, reply: Any) -> None:
+        found: records.MigrationTicket | ErrorCode | None = None
+        if type(reply) is bytes:
+            with suppress(msgspec.DecodeError):
+                found = decode_ticket(reply)
+        elif reply is not None:
+            found = _code_of(reply)
+        self._receiver.redeemed(connection, found)
+
+    # --- what a drain calls ------------------------------------------------------------------------------------------
+
+    def keep_ticket(self, session_token: str, ticket: records.MigrationTicket, kept: Callable[[bool], None]) -> None:
+        """Store what a session token stands for; `kept(False)`, at once or later, where Redis did not take it."""
+        key, value = keys.migration(session_token), encode_value(ticket)
+        try:
+            self.commands.post(pack("SET", key, value, "EX", keys.MIGRATION_TTL_SECONDS), _kept, kept)
+        except WireError:
+            kept(False)
+
+    async def neighbours(self) -> dict[str, records.InstanceInfo]:
+        """The other gateways that live and do not drain. Raises WireError."""
+        names = [name.decode() for name in await self.commands.call("SMEMBERS", keys.INSTANCES)]
+        others = sorted(name for name in names if name != self._instance_id)
+        if not others:
+            return {}
+        leases = await self.commands.call("MGET", *(keys.instance(name) for name in others))
+        found: dict[str, records.InstanceInfo] = {}
+        for name, lease in zip(others, leases, strict=True):
+            with suppress(msgspec.DecodeError):
+                info = None if lease is None else decode_instance(lease)
+                if info is not None and info.kind == "gateway" and not info.draining:
+                    found[name] = info
+        return found
 
     def _post_unless_down(
         self, packed: bytes, on_reply: Callable[[Any, Any], None] | None, context: object = None
@@ -437,6 +494,10 @@ def _xadd_prefix(key: str, *options: bytes) -> bytes:
     words = [b"XADD", key.encode(), *options, b"*", keys.FIELD]
     head = b"*%d\r\n" % (len(words) + 1)
     return head + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in words) + b"$"
+
+
+def _kept(kept: Callable[[bool], None], reply: Any) -> None:
+    kept(reply == b"OK")
 
 
 def _place(entry_id: bytes) -> tuple[int, int]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gateway.transport import Transport
     from protocol import records
     from protocol.codec import FrameCodec
+    from protocol.frames import AuthPayload
     from protocol.session import Session
 
 _log = structlog.get_logger(__name__)
@@ -31,7 +32,18 @@ _log = structlog.get_logger(__name__)
 class Connection:
     """One client: its session, its transport, its place in the hub. Implements `transport.Link` and `timers.Timed`."""
 
-    __slots__ = ("attachment", "close_code", "codec", "due", "hub", "opened_at", "remote", "session", "transport")
+    __slots__ = (
+        "attachment",
+        "close_code",
+        "codec",
+        "due",
+        "hub",
+        "opened_at",
+        "redeeming",
+        "remote",
+        "session",
+        "transport",
+    )
 
     def __init__(self, hub: Hub, session: Session, transport: Transport, codec: FrameCodec, remote: str) -> None:
         self.hub = hub
@@ -43,14 +55,16 @@ class Connection:
         self.attachment: Attachment | None = None
         self.opened_at = session.heard_at
         self.close_code: CloseCode | None = None
+        self.redeeming: AuthPayload | None = None
+        """The session token of this frame is being looked up; nothing else is taken meanwhile."""
         self.due = 0
 
     # --- Link --------------------------------------------------------------------------------------------------------
 
     @property
     def blocked(self) -> bool:
-        """See `Link.blocked`. While the gateway drains nothing new is taken, so that the windows run empty."""
-        return self.session.blocked or self.hub.draining
+        """See `Link.blocked`. At the end of a drain nothing new is taken, so that the windows run empty."""
+        return self.session.blocked or self.hub.holding or self.redeeming is not None
 
     def heard(self, now: float) -> None:
         """See `Link.heard`."""

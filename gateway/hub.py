@@ -8,8 +8,9 @@ hub knows no socket and no Redis key; a transport is never called again after it
 from __future__ import annotations
 
 import os
+from collections import deque
 from itertools import count
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, assert_never
 
 import msgspec
 import structlog
@@ -30,11 +31,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from gateway.broker import Broker
+    from protocol.commands import Command
 
 _log = structlog.get_logger(__name__)
 
 _RETRY_MS: Final = 1000
 """What a client is told to wait when Redis did not take its message: a reconnect is tried within 2 s."""
+_RETIRE_SECONDS: Final = 0.5
+"""How long the old connection of a migrated client stays: its acks arrive, and the new one gets its `auth_success`."""
 
 
 class Counts(msgspec.Struct):
@@ -51,6 +55,8 @@ class Counts(msgspec.Struct):
     repairs: int = 0
     """Lost pushes found by the sweep (contract C8)."""
     replaced: int = 0
+    migrated: int = 0
+    """Clients let in by the session token of a `migration` frame."""
     isolated_errors: int = 0
     """Bugs that ended one connection instead of the process; must stay 0."""
 
@@ -77,6 +83,9 @@ class Hub:
         self.counts = Counts()
         self.refusals: dict[AuthErrorCode, int] = dict.fromkeys(AuthErrorCode, 0)
         self.draining = False
+        """Nobody new is let in."""
+        self.holding = False
+        """The end of a drain: nobody's frames are taken any more."""
         self.users: dict[str, tuple[Connection, ...]] = {}
         """Authenticated connections by user."""
         self.wall_ms = wall_ms
@@ -91,6 +100,8 @@ class Hub:
         self._connections: dict[int, Connection] = {}
         self._buckets: dict[str, TokenBucket] = {}
         self._buckets_dropped_at = clock()
+        self._retiring: deque[tuple[float, Connection]] = deque()
+        """Connections whose client has migrated, and when they end."""
 
     # --- Host --------------------------------------------------------------------------------------------------------
 
@@ -147,23 +158,46 @@ class Hub:
     # --- commands of a session ---------------------------------------------------------------------------------------
 
     def verify(self, connection: Connection, payload: frames.AuthPayload, now: float) -> None:
-        """Check a token and let the session know."""
+        """Check a token and let the session know; for a session token as soon as Redis has answered."""
+        outcome: Admitted | Refused | None = self._refuse_early(payload)
+        if outcome is None and payload.auth_token.startswith(keys.MIGRATION_PREFIX):
+            outcome = self._redeem(connection, payload, now)
+            if outcome is None:
+                return
+        elif outcome is None:
+            outcome = self._admission.check(payload, connection.remote, now, self.wall_ms())
+        connection.run(self._decide(connection, outcome, now), now)
+
+    def _decide(self, connection: Connection, outcome: Admitted | Refused, now: float) -> list[Command]:
+        """What the session does about a token that was judged."""
         session = connection.session
-        refused = self._refuse_early(payload)
+        match outcome:
+            case Refused():
+                self.refusals[outcome.code] += 1
+                return session.refuse(outcome.code, outcome.retry_after_ms)
+            case Admitted():
+                session_id = keys.new_id("sess", self.wall_ms(), int.from_bytes(os.urandom(8)))
+                bucket = self._bucket(outcome.user_id, now)
+                return session.admit(
+                    outcome.user_id,
+                    outcome.device_id,
+                    session_id,
+                    outcome.expires_at,
+                    bucket,
+                    now,
+                    issued_ms=outcome.issued_ms,
+                )
+            case _:
+                assert_never(outcome)
+
+    def _redeem(self, connection: Connection, payload: frames.AuthPayload, now: float) -> Refused | None:
+        """Ask what a session token stands for; `redeemed` goes on."""
+        refused = self._admission.check_address(connection.remote, now)
+        if refused is None and self.broker.redeem(connection.session.connection, payload.auth_token) is not None:
+            refused = Refused(AuthErrorCode.SERVER_BUSY, _RETRY_MS)
         if refused is None:
-            match self._admission.check(payload, connection.remote, now, self.wall_ms()):
-                case Refused() as refused:
-                    pass
-                case Admitted() as admitted:
-                    session_id = keys.new_id("sess", self.wall_ms(), int.from_bytes(os.urandom(8)))
-                    bucket = self._bucket(admitted.user_id, now)
-                    todo = session.admit(
-                        admitted.user_id, admitted.device_id, session_id, admitted.expires_at, bucket, now
-                    )
-                    connection.run(todo, now)
-                    return
-        self.refusals[refused.code] += 1
-        connection.run(session.refuse(refused.code, refused.retry_after_ms), now)
+            connection.redeeming = payload
+        return refused
 
     def _refuse_early(self, payload: frames.AuthPayload) -> Refused | None:
         if self.draining:
@@ -251,6 +285,29 @@ class Hub:
         if target is not None:
             step = lambda now, wall_ms: target.session.publish_failed(idempotency_key, code, _RETRY_MS)  # noqa: E731
             self._guard(target, lambda: target.react(step, self._clock(), self.wall_ms()))
+
+    def redeemed(self, connection: int, found: records.MigrationTicket | ErrorCode | None) -> None:
+        """See `Receiver.redeemed`. A client that has gone meanwhile has to show its own token."""
+        target = self._connections.get(connection)
+        if target is not None and target.redeeming is not None:
+            payload = target.redeeming
+
+            def step(now: float, wall_ms: int) -> list[Command]:
+                target.redeeming = None
+                outcome: Admitted | Refused | None = self._refuse_early(payload)
+                if outcome is not None:
+                    pass
+                elif isinstance(found, ErrorCode):
+                    outcome = Refused(AuthErrorCode.SERVER_BUSY, _RETRY_MS)
+                else:
+                    outcome = self._admission.check_ticket(found, payload, target.remote, now, wall_ms)
+                    self.counts.migrated += isinstance(outcome, Admitted)
+                return self._decide(target, outcome, now)
+
+            now = self._clock()
+            self._guard(target, lambda: target.react(step, now, self.wall_ms()))
+            if target.transport is not None:
+                self.wheel.arm(target, target.session.deadline(now), now)
 
     def query_failed(self, query: records.Query, code: ErrorCode) -> None:
         """See `Receiver.query_failed`."""
@@ -353,6 +410,8 @@ class Hub:
                 target.run(session.page(item, now, wall_ms), now)
             elif isinstance(item, records.Reply):
                 target.send(Outgoing(item.frame))
+            elif session.migrating:
+                self._retiring.append((now + _RETIRE_SECONDS, target))
             else:
                 self._replace(target)
         except Exception:  # noqa: BLE001 -- boundary "connection"
@@ -373,6 +432,22 @@ class Hub:
         for attachments in self.registry.due():
             self.broker.refresh(attachments)
         self.drop_idle_buckets(now)
+
+    @property
+    def migrating(self) -> int:
+        """Clients that were told to go and have not gone."""
+        return sum(connection.session.migrating for connection in self._connections.values())
+
+    def migrate(self, connection: Connection, endpoint: str, session_token: str) -> None:
+        """Tell a client where to go on."""
+        session = connection.session
+        self._guard(connection, lambda: connection.run(session.migrate(endpoint, session_token), self._clock()))
+
+    def retire(self, now: float) -> None:
+        """End the connections whose clients have been elsewhere for a moment."""
+        while self._retiring and self._retiring[0][0] <= now:
+            _, connection = self._retiring.popleft()
+            self._replace(connection)
 
     def close_all(self, code: CloseCode) -> None:
         """End every session: error-free close, registration taken back."""

@@ -79,6 +79,7 @@ class GatewayCollector(Collector):
         yield "pages", "backlog pages from the workers", counts.pages
         yield "repairs", "lost pushes the sweep found", counts.repairs
         yield "replaced", "connections ended by a newer one of the same device", counts.replaced
+        yield "migrated", "clients let in by the session token of a migration frame", counts.migrated
         yield "receipts_unknown", "receipts for ids that are none of ours", receipts.unknown_ids
         yield "receipts_dropped", "receipts past the bound while Redis was away", receipts.dropped
         yield "down_undecodable", "down entries that could not be read", self._broker.undecodable

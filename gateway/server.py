@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -18,6 +19,7 @@ from gateway.admission import Admission, PublicKeys
 from gateway.broker import RedisBroker
 from gateway.hub import Hub
 from gateway.metrics import GatewayCollector, Page, Pages
+from gateway.migration import Migration
 from gateway.timers import Job, TimerRole
 from gateway.wire import WireError
 from protocol.errors import CloseCode
@@ -30,6 +32,8 @@ _log = structlog.get_logger(__name__)
 
 _BACKLOG: Final = 4096
 """A reconnect storm waits in the kernel instead of being refused (capped by net.core.somaxconn)."""
+_MIGRATION_SHARE: Final = 2 / 3
+"""The first part of the drain window: the clients are told one after the other to go elsewhere (protocol.md)."""
 _CLOSE_SHARE: Final = 0.25
 """The last part of the drain window, at most a second, belongs to close handshakes and to leaving Redis."""
 _POLL_SECONDS: Final = 0.02
@@ -54,6 +58,15 @@ def open_listener(host: str, port: int) -> socket.socket:
         listener.close()
         raise
     return listener
+
+
+def stop_listening(listener: socket.socket) -> None:
+    """Connections go to others who share the port, or are refused, from now on; the socket stays the caller's to close.
+
+    Without this the kernel would go on handing this process its share of them, to wait in a queue nobody reads.
+    """
+    with suppress(OSError):
+        listener.shutdown(socket.SHUT_RDWR)
 
 
 def open_transport(kind: str, host: Host, limits: TransportLimits) -> TransportServer:
@@ -126,7 +139,7 @@ class Gateway:
             nursery.start_soon(self._start_broker, nursery, task_status, name="broker-start")
             await stopping.wait()
             with trio.move_on_after(self.settings.drain_seconds):
-                await self._drain()
+                await self._drain(listener)
             nursery.cancel_scope.cancel()
         _log.info("gateway_stopped", instance=self.instance_id)
 
@@ -141,19 +154,25 @@ class Gateway:
         )
         task_status.started()
 
-    async def _drain(self) -> None:
-        """Take nothing new, see every window empty, close with 1012, leave Redis clean."""
+    async def _drain(self, listener: socket.socket) -> None:
+        """Let nobody in, send everybody elsewhere, see every window empty, close with 1012, leave Redis clean."""
         started = trio.current_time()
         self.hub.draining = True
         self.transport.stop_accepting()
+        stop_listening(listener)
         self.broker.announce_draining()
         _log.info("drain_started", connections=self.hub.load, in_flight=self.hub.in_flight)
         seconds = self.settings.drain_seconds
         reserve = min(1.0, seconds * _CLOSE_SHARE)
+        migration = Migration(self.hub, self.broker, wall_ms)
         with trio.move_on_after(seconds - reserve):
-            while self.hub.in_flight or self.broker.receipts.waiting:  # noqa: ASYNC110 -- asked 50 times a second, once
+            await migration.run(seconds * _MIGRATION_SHARE)
+            self.hub.holding = True
+            while self.hub.in_flight or self.broker.receipts.waiting or self.hub.migrating:
                 await trio.sleep(_POLL_SECONDS)
+                self.hub.retire(trio.current_time())
         left_behind = self.hub.in_flight
+        stayed = self.hub.load
         self.hub.close_all(CloseCode.RESTART)
         self.transport.close_all(CloseCode.RESTART)
         with trio.move_on_after(reserve * 0.8):
@@ -163,4 +182,10 @@ class Gateway:
                 _log.warning("lease_left_to_expire", reason=str(error))
             while self.transport.connections:  # noqa: ASYNC110 -- as above
                 await trio.sleep(_POLL_SECONDS)
-        _log.info("drain_ended", in_flight=left_behind, seconds=round(trio.current_time() - started, 3))
+        _log.info(
+            "drain_ended",
+            told=migration.told,
+            stayed=stayed,
+            in_flight=left_behind,
+            seconds=round(trio.current_time() - started, 3),
+        )

@@ -116,6 +116,10 @@ class FakeBroker:
     def refresh(self, attachments: Sequence[Attachment]) -> None:
         self.log.append(("refresh", list(attachments)))
 
+    def redeem(self, connection: int, session_token: str) -> ErrorCode | None:
+        self.log.append(("redeem", (connection, session_token)))
+        return self.refuses
+
     def missing(self) -> list[str]:
         return self.lacks
 

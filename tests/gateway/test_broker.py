@@ -36,6 +36,7 @@ class Recorder:
         self.failures: list[tuple[int, str, ErrorCode]] = []
         self.lost_queries: list[tuple[records.Query, ErrorCode]] = []
         self.recoveries: list[bool] = []
+        self.tickets: list[tuple[int, records.MigrationTicket | ErrorCode | None]] = []
 
     def route(self, items: Sequence[records.DownItem]) -> None:
         self.items.extend(items)
@@ -48,6 +49,9 @@ class Recorder:
 
     def recovered(self, forgotten: bool) -> None:
         self.recoveries.append(forgotten)
+
+    def redeemed(self, connection: int, found: records.MigrationTicket | ErrorCode | None) -> None:
+        self.tickets.append((connection, found))
 
 
 def make_broker(address: Address, instance_id: str = "gw_1", **options: Any) -> RedisBroker:

@@ -36,7 +36,7 @@ def test_a_good_token_attaches_before_it_asks_and_opens_with_the_answer(house: H
     assert [name for name, _ in house.broker.log] == ["attach", "ask"]
     attachment, query = house.broker.log[0][1], house.broker.log[1][1]
     assert (attachment.user_id, attachment.device_id, attachment.connection) == ("usr_a", "d1", 1)
-    assert query == records.OpenQuery("gw_test", 1, "usr_a", "d1", {})
+    assert query == records.OpenQuery("gw_test", 1, "usr_a", "d1", {}, query.issued_ms)
     assert connection.blocked
     assert transport.take() == []
     house.hub.route([records.OpenAnswer(1, 7, [])])
@@ -414,11 +414,13 @@ def test_a_redis_that_forgot_gets_every_registration_and_every_head_is_compared(
 # --- drain -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_drain_takes_nothing_new_and_ends_every_session_with_restart(house: House) -> None:
+def test_a_drain_lets_nobody_in_and_takes_nothing_new_at_its_end(house: House) -> None:
     connection, transport = house.open()
-    house.send(connection, message("k1"))
     house.hub.draining = True
-    assert connection.blocked
+    served = not connection.blocked
+    house.send(connection, message("k1"))
+    house.hub.holding = True
+    assert (served, connection.blocked) == (True, True)
     late, late_transport = house.connect()
     house.auth(late, "usr_b")
     assert [frame["error"] for frame in late_transport.take()] == ["draining"]

@@ -84,9 +84,9 @@ class Running:
         finally:
             stream.socket.close()  # the library leaves it open when the server has closed
 
-    async def open(self, websocket: trio_websocket.WebSocketConnection, user_id: str = "usr_a") -> int:
+    async def open(self, websocket: trio_websocket.WebSocketConnection, user_id: str = "usr_a", **extra: Any) -> int:
         """Authenticate and be answered by the test's worker → the connection number."""
-        await websocket.send_message(auth_frame(user_id))
+        await websocket.send_message(auth_frame(user_id, **extra))
         query = await self.next_query(records.OpenQuery)
         await self.down(records.OpenAnswer(query.connection, 0, [records.OpenHead("conv_1", 0, 0, bytes(16))]))
         assert await receive_types(websocket, 2) == ["auth_success", "sync_complete"]
