@@ -22,6 +22,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
         "CPU per message and memory per connection of both transports and three echo servers",
     ),
     "locust": ("bench.locust_run", "a short headless locust run with its HTML report"),
+    "reference": ("bench.reference", "write docs/reference.md: every frame, route and code, from the code"),
 }
 """Command → (module, help)."""
 

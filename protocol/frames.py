@@ -51,10 +51,14 @@ class AuthPayload(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class Auth(Frame, tag="auth", kw_only=True, frozen=True, gc=False):
+    """The first frame, within 10 s; again before the token ends. Answered by `auth_success` or `auth_error`."""
+
     payload: AuthPayload
 
 
 class Message(Frame, tag="message", kw_only=True, frozen=True, gc=False):
+    """Answered by a `message_ack` once committed; the same key again is answered by the same ack."""
+
     client_message_id: Label | None = None
     idempotency_key: IdempotencyKeyText
     payload: MessagePayload
@@ -70,11 +74,15 @@ class DeliveryAck(Frame, tag="delivery_ack", kw_only=True, frozen=True, gc=False
 
 
 class ReadReceipt(Frame, tag="read_receipt", kw_only=True, frozen=True, gc=False):
+    """These messages, and what is before them in their conversations, have been read."""
+
     message_ids: Annotated[list[Id], Meta(max_length=500)]
     timestamp: EpochMs
 
 
 class Heartbeat(Frame, tag="heartbeat", kw_only=True, frozen=True, gc=False):
+    """Any frame proves life; after 60 s of silence a connection is closed."""
+
     timestamp: EpochMs
 
 
@@ -94,6 +102,8 @@ class SyncPayload(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class Sync(Frame, tag="sync", kw_only=True, frozen=True, gc=False):
+    """Catch up again: what is missed as `messages`, then `sync_complete`."""
+
     payload: SyncPayload
 
 
@@ -104,6 +114,8 @@ class HistoryPayload(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class History(Frame, tag="history", kw_only=True, frozen=True, gc=False):
+    """Messages before a sequence; answered by `messages`."""
+
     payload: HistoryPayload
 
 
@@ -127,7 +139,7 @@ class ReactionOp(StrEnum):
 
 
 class MessageChange(msgspec.Struct, kw_only=True, frozen=True, gc=False):
-    """What every change of a message names. Answered by a `message_ack` of the log entry it becomes."""
+    """Which message is changed. Answered by a `message_ack` of the log entry that the change becomes."""
 
     client_message_id: Label | None = None
     idempotency_key: IdempotencyKeyText
@@ -140,6 +152,8 @@ class EditPayload(MessageChange, kw_only=True, frozen=True, gc=False):
 
 
 class MessageEdit(Frame, tag="message_edit", kw_only=True, frozen=True, gc=False):
+    """The author says something else."""
+
     payload: EditPayload
 
 
@@ -148,6 +162,8 @@ class DeletePayload(MessageChange, kw_only=True, frozen=True, gc=False):
 
 
 class MessageDelete(Frame, tag="message_delete", kw_only=True, frozen=True, gc=False):
+    """The author, or an admin of the group, deletes it for all; anybody for themselves."""
+
     payload: DeletePayload
 
 
@@ -157,6 +173,8 @@ class ReactionPayload(MessageChange, kw_only=True, frozen=True, gc=False):
 
 
 class MessageReaction(Frame, tag="reaction", kw_only=True, frozen=True, gc=False):
+    """One person's emoji on a message."""
+
     payload: ReactionPayload
 
 
@@ -182,10 +200,14 @@ class PresenceSubscribe(Frame, tag="presence_subscribe", kw_only=True, frozen=Tr
 
 
 class PresenceUnsubscribe(Frame, tag="presence_unsubscribe", kw_only=True, frozen=True, gc=False):
+    """Watch these people no more."""
+
     payload: PeoplePayload
 
 
 class Goodbye(Frame, tag="goodbye", kw_only=True, frozen=True, gc=False):
+    """A clean close; the device is offline at once."""
+
     payload: dict[str, Any] | UnsetType = UNSET
 
 
@@ -221,10 +243,14 @@ class AuthSuccessPayload(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class AuthSuccess(Frame, tag="auth_success", kw_only=True, frozen=True, gc=False):
+    """The session is open; what was missed follows as `messages`, then `sync_complete`."""
+
     payload: AuthSuccessPayload
 
 
 class AuthError(Frame, tag="auth_error", kw_only=True, frozen=True, gc=False):
+    """Not let in, or no longer; the connection is closed."""
+
     error: AuthErrorCode
     retry_after_ms: int | UnsetType = UNSET
 
@@ -242,6 +268,8 @@ class MessageAckPayload(msgspec.Struct, kw_only=True, frozen=True, gc=False):
 
 
 class MessageAck(Frame, tag="message_ack", kw_only=True, frozen=True, gc=False):
+    """A `message` or change of one is committed, and this is its place."""
+
     client_message_id: str
     payload: MessageAckPayload
 
@@ -267,10 +295,14 @@ class MessagesPayload(msgspec.Struct, kw_only=True, frozen=True, gc=False):
 
 
 class Messages(Frame, tag="messages", kw_only=True, frozen=True, gc=False):
+    """Log entries of one conversation in order: the only frame that delivers."""
+
     payload: MessagesPayload
 
 
 class HeartbeatAck(Frame, tag="heartbeat_ack", kw_only=True, frozen=True, gc=False):
+    """Answers a `heartbeat`."""
+
     server_time: int
 
 
@@ -280,6 +312,8 @@ class MigrationPayload(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class Migration(Frame, tag="migration", kw_only=True, frozen=True, gc=False):
+    """This gateway ends: connect there with this token, good once and for 60 s, then leave here."""
+
     payload: MigrationPayload
 
 
@@ -295,6 +329,8 @@ class ErrorPayload(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class Error(Frame, tag="error", kw_only=True, frozen=True, gc=False):
+    """Something was refused: the frame named by its key, by `in_reply_to`, or the last one."""
+
     payload: ErrorPayload
 
 
@@ -317,6 +353,8 @@ class ReceiptUpdatePayload(msgspec.Struct, kw_only=True, frozen=True, gc=False):
 
 
 class ReceiptUpdate(Frame, tag="receipt_update", kw_only=True, frozen=True, gc=False):
+    """How far the others are with what one wrote."""
+
     payload: ReceiptUpdatePayload
 
 
@@ -327,6 +365,8 @@ class SyncCompletePayload(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class SyncComplete(Frame, tag="sync_complete", kw_only=True, frozen=True, gc=False):
+    """Everything up to these heads has been sent."""
+
     payload: SyncCompletePayload
 
 
@@ -357,6 +397,8 @@ class ConversationUpdatePayload(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class ConversationUpdate(Frame, tag="conversation_update", kw_only=True, frozen=True, gc=False):
+    """A conversation, or one's own view of it, has changed."""
+
     payload: ConversationUpdatePayload
 
 
@@ -381,6 +423,8 @@ class PresencePayload(msgspec.Struct, kw_only=True, frozen=True, gc=False):
 
 
 class PresenceNotice(Frame, tag="presence", kw_only=True, frozen=True, gc=False):
+    """A person one watches is online or has gone."""
+
     payload: PresencePayload
 
 

@@ -135,7 +135,10 @@ def describe(kinds: Iterable[Any]) -> tuple[list[dict[str, Any]], dict[str, Any]
     kinds = list(kinds)
     schemas, components = msgspec.json.schema_components(kinds, ref_template=_SCHEMAS)
     for name, field in _times(msgspec.inspect.multi_type_info(kinds)):
-        components[name]["properties"][field].setdefault("format", "date-time")
+        schema = components[name]["properties"][field]
+        for part in schema.get("anyOf", [schema]):
+            if part.get("type") == "string":
+                part["format"] = "date-time"
     return [_portable(schema) for schema in schemas], {name: _portable(components[name]) for name in sorted(components)}
 
 
