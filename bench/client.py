@@ -75,12 +75,14 @@ class Client:
         self._unconfirmed: set[str] = set()
         self._holes: set[str] = set()
         self._resumed: dict[str, int] = {}
+        self._opened_at = 0.0
 
     # --- the connection ----------------------------------------------------------------------------------------------
 
-    def opened(self) -> list[frames.ClientFrame]:
+    def opened(self, now: float) -> list[frames.ClientFrame]:
         """The WebSocket is open: authenticate, and say what is held already."""
         self.connection += 1
+        self._opened_at = now
         self.state = State.OPENING
         self.synced = False
         self.auth_error = None
@@ -234,7 +236,7 @@ class Client:
         if self.state is State.LIVE:
             return []
         self.state = State.LIVE
-        self._record(journal.Connected(resumed=self._resumed, **self._stamp(now)))
+        self._record(journal.Connected(resumed=self._resumed, opened_at=self._opened_at, **self._stamp(now)))
         self._sends.requeue()
         return self._flush(now)
 

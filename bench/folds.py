@@ -7,6 +7,7 @@ HTTP API's view with both. Pure; entries come in the order of their sequence num
 from __future__ import annotations
 
 from collections import Counter
+from typing import TYPE_CHECKING
 
 import msgspec
 from msgspec import UNSET
@@ -23,6 +24,10 @@ from protocol.models import (
     StoredMessage,
     SystemEvent,
 )
+from protocol.watermarks import content_hash
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 class MessageView(msgspec.Struct, kw_only=True):
@@ -43,7 +48,7 @@ class MessageView(msgspec.Struct, kw_only=True):
                 self.content = event.content if isinstance(event.content, str) else ""
                 self.edited = True
             case EventKind.DELETED | EventKind.HIDDEN:
-                self.content, self.deleted, self.reactions = "", True, frozenset()
+                self.content, self.deleted, self.edited, self.reactions = "", True, False, frozenset()
             case EventKind.REACTED:
                 self.reactions |= {(event.actor, _emoji(event))}
             case EventKind.UNREACTED:
@@ -112,6 +117,11 @@ def target_of(message: StoredMessage, event: SystemEvent) -> str:
     return event.targets[0] if event.targets else ""
 
 
+def committed_hash(message: StoredMessage) -> str:
+    """BLAKE2b-128, hexadecimal, of what was sent, whatever is shown by now."""
+    return message.content_hash if isinstance(message.content_hash, str) else content_hash(message.content).hex()
+
+
 class GroupState:
     """A group after its system messages. `participants`: in the order in which they came."""
 
@@ -136,6 +146,7 @@ class GroupState:
         elif event.event in LEAVING:
             for user_id in event.targets:
                 self.participants.pop(user_id, None)
+                self.silenced.pop(user_id, None)
         if isinstance(event.roles, dict):
             self.participants.update(event.roles)
         if isinstance(event.title, str):
@@ -159,3 +170,13 @@ class GroupState:
     def may_manage(self, user_id: str) -> bool:
         """Owners and admins, and the server itself."""
         return user_id == SYSTEM_SENDER or self.participants.get(user_id) in (Role.OWNER, Role.ADMIN)
+
+
+def group_state(entries: Mapping[int, StoredMessage]) -> GroupState:
+    """What the entries of a log, by sequence, amount to."""
+    state = GroupState()
+    for sequence in sorted(entries):
+        event = system_event(entries[sequence])
+        if event is not None:
+            state.take(event)
+    return state

@@ -25,9 +25,11 @@ class Event(msgspec.Struct, frozen=True, gc=False, kw_only=True):
 
 
 class Connected(Event, frozen=True, gc=False, kw_only=True):
-    """The server let this device in. `resumed` is the last sequence it said it holds, per conversation."""
+    """The server let this device in. `resumed` is the last sequence it said it holds, per conversation; `opened_at`:
+    when it asked to be let in."""
 
     resumed: dict[str, int]
+    opened_at: float = 0.0
 
 
 class Closed(Event, frozen=True, gc=False, kw_only=True):

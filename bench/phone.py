@@ -257,7 +257,7 @@ class Phone:
                         raise
                 self._socket = socket
                 try:
-                    await self._write(self.client.opened())
+                    await self._write(self.client.opened(trio.current_time()))
                     await self._read(socket)
                 except ConnectionClosed as error:
                     code = error.reason.code if error.reason is not None else 1006

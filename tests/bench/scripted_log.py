@@ -33,10 +33,10 @@ def stored(sequence: int, sender: str, content: str, *, message_id: str | None =
     )
 
 
-def system(sequence: int, event: str, *targets: str) -> StoredMessage:
-    """An entry that changes who is in the group."""
-    content = codec.encode_value(SystemEvent(event=EventKind(event), actor=targets[0], targets=list(targets))).decode()
-    return stored(sequence, SYSTEM_SENDER, content)
+def system(sequence: int, event: str, *targets: str, actor: str | None = None, **fields: Any) -> StoredMessage:
+    """An entry that changes the group; by the first of those it is about, where nobody else is named."""
+    said = SystemEvent(event=EventKind(event), actor=actor or targets[0], targets=list(targets), **fields)
+    return stored(sequence, SYSTEM_SENDER, codec.encode_value(said).decode())
 
 
 def changed(

@@ -14,69 +14,39 @@ from bench.ledger import Ledger
 from bench.runs import Runs
 from protocol import frames
 from protocol.errors import ErrorCode
-from tests.bench.scripted_log import CONVERSATION, payload, stored, system
+from tests.bench.scripted_log import CONVERSATION, stored, system
+from tests.bench.scripted_run import (
+    Events,
+    acked,
+    closed,
+    connected,
+    is_ack,
+    is_push,
+    judge,
+    pushed,
+    replaced,
+    sent,
+    without,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from protocol.models import StoredMessage
 
-Events = list[journal.Event]
 OWNER, FRIEND, GUEST = "usr_owner", "usr_friend", "usr_guest"
 
 LOG: list[StoredMessage] = [
     system(1, "created", OWNER, FRIEND),
     stored(2, OWNER, "hello"),
     stored(3, FRIEND, "hi"),
-    system(4, "added", GUEST),
+    system(4, "added", GUEST, actor=OWNER),
     stored(5, GUEST, "what did I miss"),
     stored(6, OWNER, "nothing"),
     system(7, "left", GUEST),
     stored(8, FRIEND, "gone"),
 ]
 VISIBLE = {OWNER: (1, 8), FRIEND: (1, 8), GUEST: (4, 7)}
-
-
-def sent(message: StoredMessage) -> journal.Event:
-    return journal.Sent(
-        at=10.0,
-        user_id=message.sender_id,
-        device_id="phone-1",
-        connection=1,
-        conversation_id=CONVERSATION,
-        idempotency_key=f"key-{message.sequence_number}",
-        content=message.content,
-        attempt=1,
-    )
-
-
-def acked(message: StoredMessage, **changes: object) -> journal.Event:
-    event = journal.Acked(
-        at=10.0,
-        user_id=message.sender_id,
-        device_id="phone-1",
-        connection=1,
-        conversation_id=CONVERSATION,
-        idempotency_key=f"key-{message.sequence_number}",
-        message_id=f"msg_{message.sequence_number}",
-        sequence_number=message.sequence_number,
-        duplicate=False,
-    )
-    return msgspec.structs.replace(event, **changes)
-
-
-def pushed(user_id: str, *messages: StoredMessage, connection: int = 1, origin: str = "live") -> journal.Event:
-    return journal.Pushed(
-        at=10.0, user_id=user_id, device_id="phone-1", connection=connection, payload=payload(*messages, origin=origin)
-    )
-
-
-def connected(user_id: str, connection: int = 1) -> journal.Event:
-    return journal.Connected(at=10.0, user_id=user_id, device_id="phone-1", connection=connection, resumed={})
-
-
-def closed(user_id: str, at: float) -> journal.Event:
-    return journal.Closed(at=at, user_id=user_id, device_id="phone-1", connection=1, code=1006)
 
 
 def receipt(viewer: str, bearer: str, delivered: int) -> journal.Event:
@@ -101,36 +71,6 @@ def true_run() -> Events:
             if first <= message.sequence_number <= last and user_id != message.sender_id:
                 events.append(pushed(user_id, message))
     return events
-
-
-def judge(events: Events) -> list[str]:
-    ledger = Ledger()
-    for event in events:
-        ledger.record(event)
-    return sorted({violation.kind for violation in ledger.verdict()})
-
-
-def is_push(event: journal.Event, user_id: str, sequence: int) -> bool:
-    return (
-        isinstance(event, journal.Pushed)
-        and event.user_id == user_id
-        and event.payload.messages[0].sequence_number == sequence
-    )
-
-
-def is_ack(event: journal.Event, sequence: int) -> bool:
-    return isinstance(event, journal.Acked) and event.sequence_number == sequence
-
-
-def without(events: Events, unwanted: Callable[[journal.Event], bool]) -> Events:
-    kept = [event for event in events if not unwanted(event)]
-    assert len(kept) < len(events), "the mutation changes nothing"
-    return kept
-
-
-def replaced(events: Events, wanted: Callable[[journal.Event], bool], by: journal.Event) -> Events:
-    assert any(wanted(event) for event in events), "the mutation changes nothing"
-    return [by if wanted(event) else event for event in events]
 
 
 def test_a_true_run_is_ok() -> None:
