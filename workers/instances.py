@@ -39,7 +39,7 @@ class _Waiting:
 
 
 class Instance:
-    """One instance that sends group commands and waits for what became of them."""
+    """One instance that sends commands and messages, and waits for what became of them."""
 
     def __init__(self, broker: Broker, instance_id: str, info: records.InstanceInfo) -> None:
         self.instance_id = instance_id
@@ -112,7 +112,10 @@ class Instance:
                     waiting.answered.set()
 
     async def command(
-        self, shard: int, record: records.GroupCommand, timeout_seconds: float
+        self,
+        shard: int,
+        record: records.GroupCommand | records.SendMessage | records.ChangeMessage,
+        timeout_seconds: float,
     ) -> records.CommandOutcome | None:
         """Append a command to its shard and wait for its outcome; None when none came in time (it may yet take effect).
 

@@ -69,6 +69,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     admin_token: str = ""
     jwt_private_key: str = ""
     token_ttl_seconds: Annotated[int, Meta(ge=1, le=31_536_000)] = 86_400
+    message_rate: Annotated[float, Meta(gt=0, le=1_000_000)] = 20.0
+    """Sends and changes of messages per user and second over REST: the gateway's own settings, of the same names."""
+    message_burst: Annotated[int, Meta(ge=1, le=1_000_000)] = 60
     worker_metrics_port: Port | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 

@@ -26,7 +26,17 @@ from protocol import keys, records
 from protocol.errors import ErrorCode
 from workers import metrics
 from workers.instances import Instance
-from workers.rest import conversations, device_keys, health, users
+from workers.rest import (
+    blocks,
+    conversations,
+    device_keys,
+    health,
+    memberships,
+    messages,
+    participants,
+    search,
+    users,
+)
 from workers.rest.desk import Desk, now_ms
 from workers.rest.errors import EXCEPTION_HANDLERS, RestError
 from workers.settings import SettingError, Settings
@@ -46,9 +56,28 @@ ROUTES: Final = [
     conversations.create_conversation,
     conversations.list_conversations,
     conversations.read_conversation,
-    conversations.list_messages,
-    conversations.add_participants,
-    conversations.remove_participant,
+    conversations.change_conversation,
+    participants.list_participants,
+    participants.add_participants,
+    participants.change_participant,
+    participants.remove_participant,
+    participants.list_bans,
+    participants.ban,
+    participants.unban,
+    memberships.change_settings,
+    messages.list_messages,
+    messages.send_message,
+    messages.read_message,
+    messages.list_receipts,
+    messages.edit_message,
+    messages.delete_message,
+    messages.add_reaction,
+    messages.remove_reaction,
+    search.search_conversation,
+    search.search_everywhere,
+    blocks.list_blocks,
+    blocks.block,
+    blocks.unblock,
     device_keys.put_identity,
     device_keys.add_one_time_keys,
     device_keys.list_own_keys,
@@ -64,7 +93,7 @@ BODY_SECONDS: Final = 10.0
 """A body that takes longer is a slow attack (reliability.md H-07)."""
 _CONNECTIONS: Final = 2000
 """Requests under way and idle connections; more get 503 from the server."""
-_METHODS: Final = frozenset(("GET", "HEAD", "POST", "DELETE", "OPTIONS"))
+_METHODS: Final = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 
 log = structlog.get_logger(__name__)
 

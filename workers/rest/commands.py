@@ -1,7 +1,8 @@
-"""Conversation commands: built here, decided by the shard's owner, answered on this instance's down stream.
+"""What REST asks of a conversation's owner: records built here, decided there, answered on this instance's down stream.
 
 Every command carries the idempotency key of its log entry. With an `Idempotency-Key` header that key, and a new group's
-id, are derived from (actor, header), so a request repeated after a time-out finds the group it made.
+id, are derived from (actor, header), so a request repeated after a time-out finds the group it made. Messages and their
+changes carry the header itself: a key means the same on both doors.
 """
 
 from __future__ import annotations
@@ -13,13 +14,17 @@ import msgspec
 
 from protocol import keys, records
 from protocol.errors import ErrorCode
-from protocol.models import Conversation, ConversationType
+from protocol.frames import MessageAckPayload
+from protocol.models import Conversation, ConversationType, MessagePayload
 from workers.rest.errors import RestError
 
 if TYPE_CHECKING:
     from workers.rest.desk import Desk
 
 _decode_conversation = msgspec.json.Decoder(Conversation).decode
+_decode_ack = msgspec.json.Decoder(MessageAckPayload).decode
+Asked = records.GroupCommand | records.SendMessage | records.ChangeMessage
+Step = records.SetRole | records.Rename | records.Silence | records.Ban | records.Unban | records.SetDisappearing
 
 
 def command_id(desk: Desk, actor: str, purpose: str, idempotency_key: str | None) -> str:
@@ -35,6 +40,7 @@ async def create(
     conversation_type: ConversationType,
     participants: list[str],
     agent_id: str,
+    title: str,
     idempotency_key: str | None,
 ) -> Conversation:
     """Create a conversation, or find the one that this request made before. Raises RestError."""
@@ -56,8 +62,9 @@ async def create(
         actor,
         participants,
         agent_id,
+        title,
     )
-    return await _send(desk, record)
+    return await _change_conversation(desk, record)
 
 
 async def add(
@@ -72,7 +79,7 @@ async def add(
         actor,
         user_ids,
     )
-    return await _send(desk, record)
+    return await _change_conversation(desk, record)
 
 
 async def remove(
@@ -87,14 +94,79 @@ async def remove(
         actor,
         user_id,
     )
-    return await _send(desk, record)
+    return await _change_conversation(desk, record)
 
 
-async def _send(desk: Desk, record: records.GroupCommand) -> Conversation:
+async def change(desk: Desk, actor: str, conversation_id: str, step: Step, idempotency_key: str | None) -> Conversation:
+    """Any other step of a conversation's state; the conversation as it is then. Raises RestError."""
+    # The kind and its object make the purpose, so that one request may take several steps under one header.
+    purpose = f"{step.__struct_config__.tag} {conversation_id} {getattr(step, 'user_id', '')}"
+    record = records.ChangeConversation(
+        desk.instance.instance_id,
+        desk.new_id("req"),
+        command_id(desk, actor, purpose, idempotency_key),
+        conversation_id,
+        actor,
+        step,
+    )
+    return await _change_conversation(desk, record)
+
+
+async def send(desk: Desk, sender_id: str, payload: MessagePayload, idempotency_key: str) -> MessageAckPayload:
+    """A message, as the WebSocket would publish it; its ack. Raises RestError."""
+    record = records.SendMessage(
+        desk.instance.instance_id,
+        0,
+        sender_id,
+        "",
+        payload.conversation_id,
+        "",
+        idempotency_key,
+        payload.receiver_id,
+        payload.content,
+        payload.message_type,
+        payload.media_url,
+        payload.reply_to_message_id,
+        payload.timestamp,
+        payload.forwarded,
+        desk.new_id("req"),
+    )
+    return _decode_ack(await _decided(desk, record))
+
+
+async def change_message(
+    desk: Desk,
+    sender_id: str,
+    conversation_id: str,
+    message_id: str,
+    change: records.Edit | records.Delete | records.React,
+    idempotency_key: str | None,
+) -> MessageAckPayload:
+    """A change of a message; the ack of the entry it became. Raises RestError."""
+    record = records.ChangeMessage(
+        desk.instance.instance_id,
+        0,
+        desk.new_id("req"),
+        sender_id,
+        "",
+        conversation_id,
+        "",
+        idempotency_key or desk.new_id("cmd"),
+        message_id,
+        change,
+    )
+    return _decode_ack(await _decided(desk, record))
+
+
+async def _change_conversation(desk: Desk, record: records.GroupCommand) -> Conversation:
+    return _decode_conversation(await _decided(desk, record))
+
+
+async def _decided(desk: Desk, record: Asked) -> bytes:
     shard = keys.shard_of(record.conversation_id, desk.settings.shards)
     outcome = await desk.instance.command(shard, record, desk.settings.command_timeout_seconds)
     if outcome is None:
         raise RestError(ErrorCode.STORAGE_UNAVAILABLE, "not decided in time; repeat with the same Idempotency-Key")
     if outcome.code is not None:
         raise RestError(outcome.code, outcome.message)
-    return _decode_conversation(outcome.body)
+    return outcome.body

@@ -15,7 +15,7 @@ from protocol.models import GROUP_LIMIT, Conversation, ConversationType, Id
 from workers.rest import commands
 from workers.rest.access import actor_guard, shape_guard, user_guard
 from workers.rest.desk import Desk, DeskDependency
-from workers.rest.errors import FAILURES, RestError
+from workers.rest.errors import RestError
 from workers.rest.shapes import (
     EPOCH,
     LAST_MS,
@@ -57,7 +57,6 @@ class ConversationChange(msgspec.Struct, frozen=True):
 @post(
     "/v1/conversations",
     guards=[actor_guard, shape_guard],
-    responses=FAILURES,
     opt={
         "errors": (ErrorCode.BLOCKED, ErrorCode.GROUP_FULL, ErrorCode.OVERLOADED),
         "answers": {200: Conversation},
@@ -117,7 +116,6 @@ async def check_not_blocked(desk: Desk, actor: str, user_ids: list[str]) -> None
 @get(
     "/v1/conversations",
     guards=[user_guard, shape_guard],
-    responses=FAILURES,
     opt={"query": ("archived", "cursor", "limit")},
     summary="List conversations",
 )
@@ -125,7 +123,9 @@ async def list_conversations(
     request: CallerRequest,
     desk: DeskDependency,
     archived: Annotated[Flag | None, QueryParameter(required=False)] = None,
-    cursor: Annotated[str | None, QueryParameter(pattern=r"^[0-9]{1,15}\.[A-Za-z0-9_.:-]{1,64}$", required=False)] = None,
+    cursor: Annotated[
+        str | None, QueryParameter(pattern=r"^[0-9]{1,15}\.[A-Za-z0-9_.:-]{1,64}$", required=False)
+    ] = None,
     limit: Limit = 50,
 ) -> Listing[Overview]:
     """The caller's conversations, newest activity first, each with its last message, its unread count and the caller's
@@ -138,7 +138,6 @@ async def list_conversations(
 @get(
     "/v1/conversations/{conversation_id:str}",
     guards=[user_guard, shape_guard],
-    responses=FAILURES,
     opt={"errors": (ErrorCode.CONVERSATION_NOT_FOUND,)},
     summary="Read a conversation",
 )
@@ -153,7 +152,6 @@ async def read_conversation(request: CallerRequest, conversation_id: PathId, des
 @patch(
     "/v1/conversations/{conversation_id:str}",
     guards=[user_guard, shape_guard],
-    responses=FAILURES,
     opt={"errors": (ErrorCode.CONVERSATION_NOT_FOUND, ErrorCode.FORBIDDEN, ErrorCode.OVERLOADED)},
     summary="Rename a group, or let messages disappear",
 )

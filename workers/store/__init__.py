@@ -36,8 +36,10 @@ from workers.store.heads import HeadReader
 from workers.store.indexes import DAY_SECONDS, PLAIN_COLLECTIONS, RETENTION_INDEX, index_models
 from workers.store.logs import LogReader
 from workers.store.marks import MarkStore
+from workers.store.memberships import MembershipStore
 from workers.store.messages import MessageStore
 from workers.store.overviews import OverviewReader
+from workers.store.search import SearchReader
 from workers.store.users import UserStore
 
 if TYPE_CHECKING:
@@ -86,6 +88,8 @@ class Store:
         self.heads = HeadReader(client, self.db)
         self.logs = LogReader(self.db)
         self.overviews = OverviewReader(client, self.db)
+        self.memberships = MembershipStore(self.db)
+        self.search = SearchReader(self.db)
 
     async def ping(self) -> None:
         """Round trip to the primary. Raises StoreUnavailable."""
