@@ -474,18 +474,15 @@ CLIENT_TAGS = frozenset(kind.__struct_config__.tag for kind in get_args(ClientFr
 
 _ANY: Final = frozenset((ErrorCode.VALIDATION_FAILED,))
 """What the codec says of any frame with a field out of bounds."""
-_WRITTEN: Final = _ANY | {
+_LOGGED: Final = _ANY | {
     ErrorCode.CONVERSATION_NOT_FOUND,
-    ErrorCode.FORBIDDEN,
-    ErrorCode.MUTED,
-    ErrorCode.BLOCKED,
     ErrorCode.IDEMPOTENCY_CONFLICT,
     ErrorCode.RATE_LIMITED,
-    ErrorCode.TOO_LARGE,
     ErrorCode.STORAGE_UNAVAILABLE,
     ErrorCode.OVERLOADED,
 }
-_CHANGED: Final = _WRITTEN | {ErrorCode.NOT_FOUND, ErrorCode.TOO_LATE}
+"""What becomes an entry of a log."""
+_SPOKEN: Final = _LOGGED | {ErrorCode.MUTED, ErrorCode.BLOCKED}
 _LOOKED_UP: Final = _ANY | {
     ErrorCode.CONVERSATION_NOT_FOUND,
     ErrorCode.RATE_LIMITED,
@@ -494,16 +491,16 @@ _LOOKED_UP: Final = _ANY | {
 
 REFUSALS: Final[dict[type[Frame], frozenset[ErrorCode]]] = {
     Auth: _ANY | {ErrorCode.FORBIDDEN},
-    Message: _WRITTEN,
+    Message: _SPOKEN | {ErrorCode.FORBIDDEN, ErrorCode.TOO_LARGE},
     DeliveryAck: _ANY,
     ReadReceipt: _ANY,
     Heartbeat: _ANY,
     Retransmit: _LOOKED_UP,
     Sync: _ANY | {ErrorCode.RATE_LIMITED},
     History: _LOOKED_UP,
-    MessageEdit: _CHANGED,
-    MessageDelete: _CHANGED - {ErrorCode.TOO_LARGE},
-    MessageReaction: _CHANGED - {ErrorCode.TOO_LARGE},
+    MessageEdit: _SPOKEN | {ErrorCode.NOT_FOUND, ErrorCode.FORBIDDEN, ErrorCode.TOO_LATE, ErrorCode.TOO_LARGE},
+    MessageDelete: _LOGGED | {ErrorCode.NOT_FOUND, ErrorCode.FORBIDDEN},
+    MessageReaction: _SPOKEN | {ErrorCode.NOT_FOUND},
     Typing: _ANY,
     PresenceSubscribe: _ANY | {ErrorCode.RATE_LIMITED},
     PresenceUnsubscribe: _ANY,
