@@ -18,11 +18,8 @@ from litestar import Litestar
 from litestar.datastructures import ResponseHeader, State
 from litestar.di import Provide
 from litestar.enums import ScopeType
-from litestar.openapi import OpenAPIConfig
-from litestar.openapi.plugins import JsonRenderPlugin
-from litestar.openapi.spec import Components, SecurityScheme
 
-from protocol import keys, records
+from protocol import codec, keys, records, specification
 from protocol.errors import ErrorCode
 from workers import metrics
 from workers.instances import Instance
@@ -33,7 +30,9 @@ from workers.rest import (
     health,
     memberships,
     messages,
+    openapi,
     participants,
+    schema,
     search,
     users,
 )
@@ -86,6 +85,8 @@ ROUTES: Final = [
     health.live,
     health.ready,
     health.metrics,
+    schema.openapi_document,
+    schema.asyncapi_document,
 ]
 
 MAX_BODY_BYTES: Final = 1024 * 1024
@@ -123,25 +124,20 @@ async def run(settings: Settings, store: Store, broker: Broker, stopping: anyio.
 
 def create_app(desk: Desk) -> Litestar:
     """The ASGI application over a desk. Opens nothing."""
+    documents = schema.Documents(
+        codec.encode_value(openapi.document(openapi.routes_of(ROUTES))), codec.encode_value(specification.asyncapi())
+    )
     return Litestar(
         route_handlers=ROUTES,
         dependencies={"desk": Provide(lambda: desk, sync_to_thread=False)},
-        state=State({"desk": desk}),
+        state=State({"desk": desk, "documents": documents}),
         exception_handlers=EXCEPTION_HANDLERS,
         request_max_body_size=MAX_BODY_BYTES,
         response_headers=[
             ResponseHeader(name="X-Content-Type-Options", value="nosniff"),
             ResponseHeader(name="Cache-Control", value="no-store"),
         ],
-        openapi_config=OpenAPIConfig(
-            title="Trireme",
-            version="1",
-            description="Users, tokens, conversations and their messages. Live traffic goes over the WebSocket.",
-            path="/schema",
-            render_plugins=[JsonRenderPlugin(path=["/", "/openapi.json"])],
-            components=Components(security_schemes={"bearer": SecurityScheme(type="http", scheme="bearer")}),
-            security=[{"bearer": []}],
-        ),
+        openapi_config=None,
         logging_config=None,
         debug=False,
     )
