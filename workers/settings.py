@@ -72,6 +72,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     message_rate: Annotated[float, Meta(gt=0, le=1_000_000)] = 20.0
     """Sends and changes of messages per user and second over REST: the gateway's own settings, of the same names."""
     message_burst: Annotated[int, Meta(ge=1, le=1_000_000)] = 60
+    key_identities_per_hour: Annotated[int, Meta(ge=1, le=1_000_000)] = 60
+    """Uploads of an identity or fallback key by one user: another identity is told to everybody they talk to."""
+    key_claims_per_minute: Annotated[int, Meta(ge=1, le=1_000_000)] = 60
+    """Claim requests of one user, each for up to 100 devices."""
+    key_claims_per_pair_per_hour: Annotated[int, Meta(ge=1, le=1_000_000)] = 10
+    """One-time keys of one device that one user gets; then the fallback key, so that nobody drains a device."""
+    key_claims_per_device_per_hour: Annotated[int, Meta(ge=1, le=1_000_000)] = 100
+    """One-time keys of one device that all users together get; then the fallback key."""
+    message_rate: Annotated[float, Meta(gt=0, le=1_000_000)] = 20.0
+    """Sends and changes of messages per user and second over REST: the gateway's own settings, of the same names."""
+    message_burst: Annotated[int, Meta(ge=1, le=1_000_000)] = 60
     worker_metrics_port: Port | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
