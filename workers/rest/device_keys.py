@@ -44,6 +44,9 @@ from workers.store.errors import StoreUnavailable
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from workers.broker import Broker
+    from workers.store import Store
+
 ANNOUNCED_LIMIT: Final = 10_000
 """Most people who are told of one change; the others see the version when they next ask for the list."""
 _HOUR: Final = 3600
@@ -159,7 +162,7 @@ async def put_identity(
         case TooManyDevices(limit=limit):
             raise RestError(ErrorCode.CONFLICT, f"at most {limit} devices of a user have keys")
         case Stored(version=version, changed=changed, left=left):
-            task = BackgroundTask(announce, desk, user_id, device_id, version) if changed else None
+            task = BackgroundTask(announce, desk.store, desk.broker, user_id, device_id, version) if changed else None
             return Response(OwnDevices(version, [_own(device, left)], None), background=task)
 
 
@@ -316,17 +319,17 @@ async def _spend(desk: Desk, purpose: str, subject: str, limit: int, window_seco
 # --- changes of the device list --------------------------------------------------------------------------------------
 
 
-async def retire(desk: Desk, user_id: str, device_id: str) -> None:
+async def retire(store: Store, broker: Broker, user_id: str, device_id: str) -> None:
     """A device was removed or revoked: its keys go, and others hear of it. Nothing where it had no keys.
 
     Raises StoreUnavailable: nothing has changed then.
     """
-    version = await desk.store.device_keys.forget(user_id, device_id)
+    version = await store.device_keys.forget(user_id, device_id)
     if version is not None:
-        await announce(desk, user_id, device_id, version)
+        await announce(store, broker, user_id, device_id, version)
 
 
-async def announce(desk: Desk, user_id: str, device_id: str, version: int) -> None:
+async def announce(store: Store, broker: Broker, user_id: str, device_id: str, version: int) -> None:
     """Tell everybody who shares a conversation with the user, and the user's other devices, that the list has changed.
 
     At most once: whoever is offline, or beyond `ANNOUNCED_LIMIT`, finds the new version when asking for the list.
@@ -334,14 +337,14 @@ async def announce(desk: Desk, user_id: str, device_id: str, version: int) -> No
     payload = frames.IdentityChangedPayload(user_id=user_id, device_id=device_id, version=version)
     frame = frames.IdentityChanged(payload=payload)
     try:
-        for device in (await desk.store.device_keys.listed(user_id, "", 100))[0]:
+        for device in (await store.device_keys.listed(user_id, "", 100))[0]:
             if device.device_id != device_id:
-                await desk.broker.notify_user(user_id, _tell(frame, device.device_id))
+                await broker.notify_user(user_id, _tell(frame, device.device_id))
         told = {user_id}
-        async for people in desk.store.device_keys.neighbours(user_id):
+        async for people in store.device_keys.neighbours(user_id):
             for person in sorted(people - told)[: ANNOUNCED_LIMIT - len(told)]:
                 told.add(person)
-                await desk.broker.notify_user(person, _tell(frame))
+                await broker.notify_user(person, _tell(frame))
             if len(told) >= ANNOUNCED_LIMIT:
                 log.warning("identity_change_not_told_to_all", user_id=user_id, told=len(told))
                 return
