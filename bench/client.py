@@ -76,6 +76,12 @@ class Client:
         self._holes: set[str] = set()
         self._resumed: dict[str, int] = {}
         self._opened_at = 0.0
+        self._next: tuple[float, dict[str, int]] = (0.0, {})
+        """When the second WebSocket was opened, and what was held then."""
+        self._heard_on = 0
+        """The connection a late frame came on; 0 while none is looked at."""
+        self._beat_seconds = float("inf")
+        self._beat_at = float("inf")
 
     # --- the connection ----------------------------------------------------------------------------------------------
 
@@ -86,27 +92,53 @@ class Client:
         self.state = State.OPENING
         self.synced = False
         self.auth_error = None
-        self._resumed = {name: log.cursor for name, log in self.logs.items() if log.cursor is not None}
+        self._resumed = self._held()
+        return [self._auth(self.token, self._resumed)]
+
+    def _held(self) -> dict[str, int]:
+        return {name: log.cursor for name, log in self.logs.items() if log.cursor is not None}
+
+    def _auth(self, token: str, resumed: dict[str, int]) -> frames.Auth:
         payload = frames.AuthPayload(
             user_id=self.user_id,
-            auth_token=self.token,
+            auth_token=token,
             device_id=self.device_id,
             platform="bench",
             app_version="1.0",
-            resume=dict(list(self._resumed.items())[:500]) if self._resumed else UNSET,
+            resume=dict(list(resumed.items())[:500]) if resumed else UNSET,
             protocol_version=1,
         )
-        return [frames.Auth(payload=payload)]
+        return frames.Auth(payload=payload)
+
+    def migrating(self, session_token: str, now: float) -> list[frames.ClientFrame]:
+        """A second WebSocket is open, to where a `migration` frame said: what to say there.
+
+        Nothing changes on the first one until `migrated`.
+        """
+        self._next = (now, self._held())
+        return [self._auth(session_token, self._next[1])]
+
+    def migrated(self, success: frames.AuthSuccess, now: float) -> list[frames.ClientFrame]:
+        """The second WebSocket is in: from now on everything is said there, and what has no answer is said again."""
+        self.connection += 1
+        self._opened_at, self._resumed = self._next
+        self.state = State.OPENING
+        self._start_over()
+        return self._on_auth_success(success, now, migrated=True)
+
+    def _start_over(self) -> None:
+        """What was asked on the connection before will not be answered on this one."""
+        self.synced = False
+        self._sync_again_at = None
+        for log in self.logs.values():
+            log.asked_at = log.confirm_at = None
 
     def closed(self, code: int, now: float) -> None:
         """The WebSocket is gone: everything whose fate is unknown will be sent again."""
         if self.state is State.OFFLINE:
             return
         self.state = State.OFFLINE
-        self.synced = False
-        self._sync_again_at = None
-        for log in self.logs.values():
-            log.asked_at = log.confirm_at = None
+        self._start_over()
         self._record(journal.Closed(code=code, **self._stamp(now)))
 
     # --- sending -----------------------------------------------------------------------------------------------------
@@ -223,20 +255,41 @@ class Client:
             case frames.ReceiptUpdate():
                 self._record(journal.Receipt(payload=frame.payload, **self._stamp(now)))
             case frames.AuthSuccess():
-                return self._on_auth_success(now)
+                return self._on_auth_success(frame, now)
             case frames.AuthError():
                 self.auth_error = frame
             case frames.SyncComplete():
                 return self._on_sync_complete(frame.payload, now)
             case _:
-                pass  # heartbeat_ack, migration, conversation_update: nothing to answer
+                pass  # heartbeat_ack, migration (the phone's affair), conversation_update: nothing to answer
         return []
 
-    def _on_auth_success(self, now: float) -> list[frames.ClientFrame]:
+    def receive_late(
+        self, frame: frames.ServerFrame, connection: int, now: float, wall_ms: int
+    ) -> list[frames.ClientFrame]:
+        """What still comes on the connection before the one that is spoken on: messages and answers are good."""
+        if not isinstance(frame, frames.Messages | frames.MessageAck | frames.Error | frames.ReceiptUpdate):
+            return []
+        if isinstance(frame, frames.Error) and frame.payload.idempotency_key is UNSET:
+            return []
+        self._heard_on = connection
+        try:
+            return self.receive(frame, now, wall_ms)
+        finally:
+            self._heard_on = 0
+
+    def _on_auth_success(
+        self, success: frames.AuthSuccess, now: float, *, migrated: bool = False
+    ) -> list[frames.ClientFrame]:
         if self.state is State.LIVE:
             return []
         self.state = State.LIVE
-        self._record(journal.Connected(resumed=self._resumed, opened_at=self._opened_at, **self._stamp(now)))
+        interval_ms = success.payload.heartbeat_interval_ms
+        self._beat_seconds = interval_ms / 1000 if isinstance(interval_ms, int) else float("inf")
+        self._beat_at = now + self._beat_seconds
+        self._record(
+            journal.Connected(resumed=self._resumed, opened_at=self._opened_at, migrated=migrated, **self._stamp(now))
+        )
         self._sends.requeue()
         return self._flush(now)
 
@@ -374,22 +427,25 @@ class Client:
     # --- time --------------------------------------------------------------------------------------------------------
 
     def tick(self, now: float, wall_ms: int) -> list[frames.ClientFrame]:
-        """Whatever is due by now: retries, confirmations, holes."""
+        """Whatever is due by now: retries, confirmations, holes, a sign of life."""
         if self.state is not State.LIVE:
             return []
         self._sends.requeue_due(now)
         again: list[frames.ClientFrame] = []
+        if now >= self._beat_at:
+            self._beat_at = now + self._beat_seconds
+            again.append(frames.Heartbeat(timestamp=wall_ms))
         if self._sync_again_at is not None and now >= self._sync_again_at:
             self._sync_again_at = None
             self.synced = True  # the refused one is over
-            again = self.sync(now)
+            again += self.sync(now)
         return [*self._confirm(now, wall_ms), *self._ask(now), *self._flush(now), *again]
 
     def deadline(self) -> float:
         """When `tick` is needed next; infinity while nothing is open."""
         if self.state is not State.LIVE:
             return float("inf")
-        times = [self._sends.deadline()]
+        times = [self._sends.deadline(), self._beat_at]
         for conversation_id in self._unconfirmed:
             confirm_at = self.logs[conversation_id].confirm_at
             if confirm_at is not None:
@@ -449,7 +505,8 @@ class Client:
         return written
 
     def _stamp(self, now: float) -> _Stamp:
-        return {"at": now, "user_id": self.user_id, "device_id": self.device_id, "connection": self.connection}
+        connection = self._heard_on or self.connection
+        return {"at": now, "user_id": self.user_id, "device_id": self.device_id, "connection": connection}
 
 
 def _range(payload: frames.MessagesPayload) -> tuple[int, int] | None:

@@ -31,14 +31,16 @@ class Violation(msgspec.Struct, frozen=True, kw_only=True):
 
 class Seen:
     """What one device saw of one conversation. `high`: the pushed sequence behind which the next one has to come;
-    `restarted`: the `sync` that has already brought the line back once.
+    `restarted`: the `sync` that has already brought the line back once; `late_high`: the same as `high` for what still
+    comes on the connection before.
     """
 
-    __slots__ = ("connection", "high", "restarted", "runs")
+    __slots__ = ("connection", "high", "late_high", "restarted", "runs")
 
     def __init__(self) -> None:
         self.connection = 0
         self.high = 0
+        self.late_high = 0
         self.restarted = 0
         self.runs = Runs()
 
@@ -58,7 +60,7 @@ class Stay:
 class Showing(NamedTuple):
     """A message as one page showed it: one that is not as it was sent, or that somebody had begun to change.
 
-    `opened_at`: when the connection was opened, so that the page was asked for later than that.
+    `opened_at`: the page was asked for later than that (when its connection was opened, say).
     """
 
     message: StoredMessage

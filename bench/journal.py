@@ -12,7 +12,7 @@ import msgspec
 from bench.folds import MessageView
 from protocol.errors import ErrorCode
 from protocol.frames import MessagesPayload, ReceiptUpdatePayload
-from protocol.models import EventKind
+from protocol.models import EventKind, StoredMessage
 
 
 class Event(msgspec.Struct, frozen=True, gc=False, kw_only=True):
@@ -30,6 +30,8 @@ class Connected(Event, frozen=True, gc=False, kw_only=True):
 
     resumed: dict[str, int]
     opened_at: float = 0.0
+    migrated: bool = False
+    """By a session token, while the connection before was still there; its end is no event."""
 
 
 class Closed(Event, frozen=True, gc=False, kw_only=True):
@@ -114,6 +116,14 @@ class Viewed(Event, frozen=True, gc=False, kw_only=True):
     conversation_id: str
     through: int
     views: dict[str, MessageView]
+
+
+class Looked(Event, frozen=True, gc=False, kw_only=True):
+    """A page of the HTTP API, asked for at `asked_at`."""
+
+    conversation_id: str
+    asked_at: float
+    messages: list[StoredMessage]
 
 
 class Contradicted(Event, frozen=True, gc=False, kw_only=True):

@@ -29,13 +29,15 @@ class Ledger:
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
-        """sent, retried, acked, duplicate_acks, refused, pushed, connections, closed, asked, receipts; acked changes by
-        their kind: edited, deleted, hidden, reacted, unreacted."""
+        """sent, retried, acked, duplicate_acks, refused, pushed, connections, migrated, closed, asked, receipts; acked
+        changes by their kind: edited, deleted, hidden, reacted, unreacted."""
         self._conversations: dict[str, Conversation] = {}
         self._sends: dict[tuple[str, str, str], Send] = {}
         self._connected: dict[str, set[str]] = {}
         self._opened: dict[tuple[str, str, int], float] = {}
         """(user, device, connection) → when it was opened."""
+        self._newest: dict[tuple[str, str], int] = {}
+        """(user, device) → the connection it speaks on, or spoke on last."""
         self._rewinds: dict[tuple[str, str], int] = {}
         """Devices with a `sync` under way, and which one of the run it is."""
         self._marks: dict[tuple[str, str], int] = {}
@@ -60,6 +62,7 @@ class Ledger:
             journal.Synced: self._on_synced,
             journal.Contradicted: self._on_contradicted,
             journal.Viewed: self._on_viewed,
+            journal.Looked: self._on_looked,
         }
 
     def record(self, event: journal.Event) -> None:
@@ -120,6 +123,8 @@ class Ledger:
             self._violation("ack", name[0], name[1], f"key {name[2]} was acked as {send.ack} and as {said} (C1)")
         self._count_ack(event, send)
         send.ack = said
+        if send.change is not None and event.message_id == send.target:
+            return  # it was so already: acked as its target, and no entry of the log
         other = conversation.acked.setdefault(event.sequence_number, name[1:])
         if other != name[1:]:
             self._violation("ack", name[0], name[1], f"sequence {said[1]} was given to {other} and to {name[1:]} (C3)")
@@ -172,22 +177,36 @@ class Ledger:
             seen.runs.add(sequence)
 
     def _note_showing(self, event: journal.Pushed, conversation: Conversation, message: StoredMessage) -> None:
+        live = event.payload.origin == "live"
+        opened_at = self._opened.get((event.user_id, event.device_id, event.connection), 0.0)
+        showing = Showing(message, event.user_id, 0.0 if live else event.at, 0.0 if live else opened_at)
+        self._keep_showing(conversation, showing)
+
+    @staticmethod
+    def _keep_showing(conversation: Conversation, showing: Showing) -> None:
         """Remember what only the end can judge: a message somebody has begun to change, as this page shows it."""
+        message = showing.message
         target = message.message_id
         if message.message_type is MessageType.SYSTEM:
             change = system_event(message)
             if change is not None and change.event is EventKind.HIDDEN:
                 is_told = bool(change.actor) or target_of(message, change) != ""
-                conversation.told.setdefault(message.sequence_number, set()).add((event.user_id, is_told))
+                conversation.told.setdefault(message.sequence_number, set()).add((showing.user_id, is_told))
             if change is not None and change.event is EventKind.EDITED:
                 target = target_of(message, change)
-        if target not in conversation.touched and not is_changed(message):
-            return
-        device = (event.user_id, event.device_id, event.connection)
-        live = event.payload.origin == "live"
-        conversation.showings.append(
-            Showing(message, event.user_id, 0.0 if live else event.at, 0.0 if live else self._opened.get(device, 0.0))
-        )
+        if target in conversation.touched or is_changed(message):
+            conversation.showings.append(showing)
+
+    def _on_looked(self, event: journal.Looked) -> None:
+        conversation = self._conversation(event.conversation_id)
+        for message in event.messages:
+            known = conversation.entries.get(message.sequence_number)
+            if known is None:
+                detail = f"sequence {message.sequence_number} is in a page of the API and in nobody's log"
+                self._violation("foreign", event.conversation_id, event.user_id, detail)
+            else:
+                self._check_same(event.conversation_id, event.user_id, known, message)
+            self._keep_showing(conversation, Showing(message, event.user_id, event.at, event.asked_at))
 
     def _check_order(self, event: journal.Pushed, device: tuple[str, str], seen: Seen) -> None:
         """C4: on one connection the messages of one conversation come in sequence order.
@@ -197,8 +216,12 @@ class Ledger:
         payload = event.payload
         if payload.origin not in ("live", "backlog", UNSET) or not payload.messages:
             return
+        if event.connection < seen.connection:
+            self._check_late_order(event, seen)
+            return
         if seen.connection != event.connection:
             seen.connection = event.connection
+            seen.late_high = seen.high
             seen.high = 0
         rewind = self._rewinds.get(device, 0)
         first = payload.messages[0].sequence_number
@@ -212,6 +235,15 @@ class Ledger:
                 detail = f"sequence {sequence} ({payload.origin}) came after {seen.high} {when} (C4)"
                 self._violation("order", payload.conversation_id, event.user_id, detail)
             seen.high = max(seen.high, sequence)
+
+    def _check_late_order(self, event: journal.Pushed, seen: Seen) -> None:
+        """C4 on the connection that a migrated device has left."""
+        for message in event.payload.messages:
+            sequence = message.sequence_number
+            if event.payload.origin == "live" and sequence <= seen.late_high:
+                detail = f"sequence {sequence} came after {seen.late_high} on a connection left behind (C4)"
+                self._violation("order", event.payload.conversation_id, event.user_id, detail)
+            seen.late_high = max(seen.late_high, sequence)
 
     def _on_rewound(self, event: journal.Rewound) -> None:
         self.counts["rewound"] += 1
@@ -279,7 +311,8 @@ class Ledger:
         delivered, read = self._receipts.get(name, (0, 0))
         now_delivered = payload.delivered_through if isinstance(payload.delivered_through, int) else delivered
         now_read = payload.read_through if isinstance(payload.read_through, int) else read
-        if now_delivered < delivered or now_read < read:
+        is_late = event.connection < self._newest.get((event.user_id, event.device_id), 0)
+        if (now_delivered < delivered or now_read < read) and not is_late:
             detail = f"marks of {payload.user_id} went from {(delivered, read)} to {(now_delivered, now_read)} (C6)"
             self._violation("receipt", payload.conversation_id, event.user_id, detail)
         self._receipts[name] = (max(delivered, now_delivered), max(read, now_read))
@@ -289,6 +322,10 @@ class Ledger:
 
     def _on_connected(self, event: journal.Connected) -> None:
         self.counts["connections"] += 1
+        self.counts["migrated"] += event.migrated
+        self._newest[(event.user_id, event.device_id)] = event.connection
+        if event.migrated:
+            self._note_break(event)
         self._connected.setdefault(event.user_id, set()).add(event.device_id)
         self._opened[(event.user_id, event.device_id, event.connection)] = event.opened_at
 
@@ -296,6 +333,10 @@ class Ledger:
         self.counts["closed"] += 1
         self._rewinds.pop((event.user_id, event.device_id), None)
         self._connected.get(event.user_id, set()).discard(event.device_id)
+        self._note_break(event)
+
+    def _note_break(self, event: journal.Closed | journal.Connected) -> None:
+        """A connection ended: what was on its way to it may be lost."""
         for conversation in self._conversations.values():
             for stay in conversation.stays.get(event.user_id, ()):
                 if event.at - stay.left_at < LEAVE_GRACE_SECONDS:

@@ -20,7 +20,7 @@ from bench import journal
 from bench.client import Client, Habits, State
 from protocol.codec import JSON, MAX_FRAME_BYTES, SUBPROTOCOL_JSON
 from protocol.errors import AuthErrorCode, CloseCode, Reconnect
-from protocol.frames import Typing, TypingPayload
+from protocol.frames import AuthSuccess, Migration, Typing, TypingPayload
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 
 OPEN_SECONDS: Final = 15.0
 WRITE_SECONDS: Final = 5.0
+LEAVE_SECONDS: Final = 2.0
+"""How long the server may take to close the line a phone has migrated from."""
+ALONE_SECONDS: Final = 1.0
+"""How long a migration may still take when the line it leaves has ended."""
 FIRST_BACKOFF_SECONDS: Final = 0.2
 LAST_BACKOFF_SECONDS: Final = 5.0
 QUEUED_FRAMES: Final = 32
@@ -72,6 +76,22 @@ class Settled(msgspec.Struct, frozen=True):
     code: str = ""
 
 
+class Line:
+    """One WebSocket of a phone: the one it speaks on, one it is about to move to, or one it has left."""
+
+    __slots__ = ("closed", "leaving", "number", "socket", "url")
+
+    def __init__(self, url: str, socket: WebSocketConnection) -> None:
+        self.url = url
+        self.socket = socket
+        self.number = 0
+        """Which connection of the client it is."""
+        self.closed = trio.Event()
+        self.leaving = trio.Event()
+        """Not set while somebody hangs up."""
+        self.leaving.set()
+
+
 class Phone:
     """One device. `run` it in a nursery; it is online until `go_offline`, and again after `go_online`."""
 
@@ -92,12 +112,15 @@ class Phone:
         self._record = record
         self._cache = cache or FrameCache()
         self._random = random.Random(f"{seed}:{user_id}:{device_id}")
-        self._socket: WebSocketConnection | None = None
+        self._line: Line | None = None
+        """The one it speaks on."""
+        self._lines: set[Line] = set()
+        self._moving = trio.CancelScope()
+        self._tried = ""
+        self._code = 1006
         self._writing = trio.Lock()
         self._wanted = trio.Event()
         self._wanted.set()
-        self._leaving = trio.Event()
-        self._leaving.set()
         self._watchers: list[tuple[Callable[[], bool], trio.Event]] = []
         self._waiting: dict[str, list[Callable[[Settled], None]]] = {}
         self._reader_scope: trio.CancelScope | None = None
@@ -119,14 +142,14 @@ class Phone:
     async def go_offline(self) -> None:
         """Close the connection; sends are kept until the phone is online again."""
         self._wanted = trio.Event()
-        socket = self._socket
-        if socket is not None:
-            self._leaving = trio.Event()
-            try:
-                with trio.move_on_after(WRITE_SECONDS):
-                    await socket.aclose()
-            finally:
-                self._leaving.set()
+        self._moving.cancel()
+        for line in list(self._lines):
+            await _hang_up(line)
+
+    @property
+    def url(self) -> str:
+        """Where it is connected; empty while it is not."""
+        return "" if self._line is None else self._line.url
 
     async def send_nowait(
         self, conversation_id: str, content: str, *, receiver_id: str = "", reply_to_message_id: str | None = None
@@ -243,52 +266,108 @@ class Phone:
             raise PhoneError(f"{self.client.user_id}: closed with {code}")
 
     async def _connect_once(self) -> int:
-        """One connection from handshake to close. Returns the close code; 1006 without a close frame."""
-        url = self._random.choice(self._urls)
-        code = 1006
+        """One connection, and those it moves to, until the last has closed. Returns its close code; 1006 without a
+        close frame."""
+        others = [url for url in self._urls if url != self._tried]
+        self._tried = self._random.choice(others or self._urls)
+        self._code = 1006
+        async with trio.open_nursery() as lines:
+            await self._open(lines, self._tried, "")
+        return self._code
+
+    async def _open(self, lines: trio.Nursery, url: str, session_token: str) -> None:
+        """One line to the end. Where nobody is there, or somebody else, the caller tries again."""
         try:
-            async with trio.open_nursery() as nursery:
-                with trio.fail_after(OPEN_SECONDS):
-                    stream = await open_stream(url)
-                    try:
-                        socket = await open_websocket(nursery, stream, url, SUBPROTOCOL_JSON)
-                    except BaseException:
-                        await trio.aclose_forcefully(stream)
-                        raise
-                self._socket = socket
-                try:
-                    await self._write(self.client.opened(trio.current_time()))
-                    await self._read(socket)
-                except ConnectionClosed as error:
-                    code = error.reason.code if error.reason is not None else 1006
-                    await self._leaving.wait()  # the close handshake needs the tasks of this nursery
-                finally:
-                    self._socket = None
-                    self.client.closed(code, trio.current_time())
-                    self._notify()
-                    nursery.cancel_scope.cancel()
-                    await trio.aclose_forcefully(stream)
+            await self._serve(lines, url, session_token)
         except (OSError, HandshakeError, trio.TooSlowError):
-            pass  # nobody there, or somebody else: the caller tries again
+            pass
         except BaseExceptionGroup as group:
             if group.split((OSError, HandshakeError, trio.TooSlowError))[1] is not None:
                 raise
-        return int(code)
 
-    async def _read(self, socket: WebSocketConnection) -> None:
+    async def _serve(self, lines: trio.Nursery, url: str, session_token: str) -> None:
+        """One line from its handshake to its close. With a session token it takes over from the one before."""
+        async with trio.open_nursery() as nursery:
+            with trio.fail_after(OPEN_SECONDS) as opening:
+                if session_token:
+                    self._moving = opening
+                stream = await open_stream(url)
+                try:
+                    line = Line(url, await open_websocket(nursery, stream, url, SUBPROTOCOL_JSON))
+                except BaseException:
+                    await trio.aclose_forcefully(stream)
+                    raise
+            self._lines.add(line)
+            code = 1006
+            try:
+                if session_token:
+                    await self._take_over(lines, line, session_token)
+                else:
+                    self._line = line
+                    opening_frames = self.client.opened(trio.current_time())
+                    line.number = self.client.connection
+                    await self._write(opening_frames)
+                await self._read(lines, line)
+            except ConnectionClosed as error:
+                code = int(error.reason.code) if error.reason is not None else 1006
+                await line.leaving.wait()  # the close handshake needs the tasks of this nursery
+            finally:
+                self._lose(line, code)
+                nursery.cancel_scope.cancel()
+                await trio.aclose_forcefully(stream)
+
+    async def _take_over(self, lines: trio.Nursery, line: Line, session_token: str) -> None:
+        """Authenticate on a second line while the first goes on; then speak on this one, and hang up the other.
+
+        Raises ConnectionClosed, TooSlowError: the first line goes on as if nothing had been.
+        """
+        with trio.fail_after(OPEN_SECONDS) as self._moving:
+            for frame in self.client.migrating(session_token, trio.current_time()):
+                await line.socket.send_message(JSON.encode(frame).decode())
+            while not isinstance(success := JSON.decode_server(await line.socket.get_message()), AuthSuccess):
+                pass
+        async with self._writing:  # not between the frames of somebody who writes on the first
+            before, self._line = self._line, line
+            out = self.client.migrated(success, trio.current_time())
+            line.number = self.client.connection
+        if before is not None:
+            lines.start_soon(_leave, before)
+        await self._write(out)
+        self._notify()
+
+    def _lose(self, line: Line, code: int) -> None:
+        """A line has ended. Only the end of the one we speak on is an event."""
+        self._lines.discard(line)
+        line.closed.set()
+        if line is self._line:
+            self._line = None
+            self._code = code
+            self._moving.deadline = min(self._moving.deadline, trio.current_time() + ALONE_SECONDS)
+            self.client.closed(code, trio.current_time())
+            self._notify()
+
+    async def _read(self, lines: trio.Nursery, line: Line) -> None:
         client = self.client
         while True:
-            deadline = client.deadline()
+            is_ours = line is self._line
+            deadline = client.deadline() if is_ours else float("inf")
             with trio.CancelScope(deadline=deadline) as scope:
-                self._reader_scope = scope
+                if is_ours:
+                    self._reader_scope = scope
                 while True:
-                    text = str(await socket.get_message())
-                    out = client.receive(self._cache.decode(text), trio.current_time(), wall_ms())
+                    frame = self._cache.decode(str(await line.socket.get_message()))
+                    if line is self._line:
+                        out = client.receive(frame, trio.current_time(), wall_ms())
+                        if isinstance(frame, Migration):
+                            payload = frame.payload
+                            lines.start_soon(self._open, lines, payload.new_endpoint, payload.session_token)
+                    else:
+                        out = client.receive_late(frame, line.number, trio.current_time(), wall_ms())
                     if out:
                         await self._write(out)
                     if self._watchers:
                         self._notify()
-                    due = client.deadline()
+                    due = client.deadline() if line is self._line else float("inf")
                     if due != deadline:  # most frames change nothing, and moving a deadline costs more than asking
                         deadline = scope.deadline = due
             await self._write(client.tick(trio.current_time(), wall_ms()))
@@ -299,16 +378,16 @@ class Phone:
             return
         with trio.CancelScope(shield=True, deadline=trio.current_time() + WRITE_SECONDS) as scope:
             async with self._writing:
-                socket = self._socket
-                if socket is None:
+                line = self._line
+                if line is None:
                     return  # the client sends again what has no ack
                 try:
                     for frame in frames:
-                        await socket.send_message(JSON.encode(frame).decode())
+                        await line.socket.send_message(JSON.encode(frame).decode())
                 except ConnectionClosed:
                     return  # the reader sees it too
-        if scope.cancelled_caught and self._socket is not None:
-            await self._socket.aclose()
+        if scope.cancelled_caught and self._line is not None:
+            await self._line.socket.aclose()
         if self._reader_scope is not None:
             self._reader_scope.deadline = min(self._reader_scope.deadline, self.client.deadline())
 
@@ -327,6 +406,23 @@ class Phone:
         for condition, event in self._watchers:
             if condition():
                 event.set()
+
+
+async def _hang_up(line: Line) -> None:
+    line.leaving = trio.Event()
+    try:
+        with trio.move_on_after(WRITE_SECONDS):
+            await line.socket.aclose()
+    finally:
+        line.leaving.set()
+
+
+async def _leave(line: Line) -> None:
+    """The server ends what was left; where it does not, we do."""
+    with trio.move_on_after(LEAVE_SECONDS):
+        await line.closed.wait()
+        return
+    await _hang_up(line)
 
 
 async def open_stream(url: str) -> trio.SocketStream:
