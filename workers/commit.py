@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 import anyio
 import structlog
 
-from protocol import codec, frames, records
+from protocol import records
 from protocol.errors import ErrorCode
-from protocol.models import DLQErrorType
+from protocol.models import DLQErrorType, MessageType
 from workers import metrics
 from workers.dead_letters import dead_letter, dead_letter_id, unplaced
-from workers.plan import Entry, Plan, Planner
+from workers.outcomes import refused
+from workers.plan import Entry, Plan, Planner, Read
 from workers.receipts import Place, RecentPlaces
 from workers.store.errors import StoreUnavailable
 from workers.store.messages import DocumentRefused, Found, Key, KeyTaken, SequenceTaken
@@ -45,11 +46,11 @@ class Committer:
     leases.
     """
 
-    def __init__(self, store: Store, conversations: Conversations, recent: RecentPlaces) -> None:
+    def __init__(self, store: Store, conversations: Conversations, recent: RecentPlaces, edit_seconds: int) -> None:
         self._store = store
         self._conversations = conversations
         self._recent_places = recent
-        self._planner = Planner(conversations)
+        self._planner = Planner(conversations, edit_seconds)
 
     async def commit(self, entries: Sequence[Entry], now_ms: int) -> Plan:
         """Give every entry its outcome; returns what to tell and whom. Waits as long as MongoDB is away.
@@ -70,8 +71,12 @@ class Committer:
                 if plan.documents:
                     with metrics.COMMIT_SECONDS.time():
                         await self._store.messages.append(plan.documents)
-                for owned, projection in plan.projections.values():
-                    await projection.write(self._store.conversations, owned)
+                if plan.projections:
+                    await self._store.conversations.apply(
+                        [projection.through(owned) for owned, projection in plan.projections.values()]
+                    )
+                if plan.settings:
+                    await self._store.conversations.set_members(plan.settings)
                 plan.outcomes += buried
                 self._remember(plan)
                 return plan
@@ -101,20 +106,24 @@ class Committer:
 
     async def _plan(self, batch: Sequence[Entry], look_up: bool, now_ms: int) -> Plan:
         await self._conversations.load({entry.conversation_id: entry.shard for entry in batch})
-        doubted = batch if look_up else [entry for entry in batch if self._from_stranger(entry)]
+        doubted = batch if look_up else [entry for entry in batch if self._is_doubtful(entry)]
         found: dict[Key, Found] = {}
         if doubted:
             found = await self._store.messages.find_keys(entry.key for entry in doubted)
         replies = await self._find_reply_targets(batch)
-        return self._planner.plan(batch, found, replies, now_ms)
+        changed = {entry.record.message_id for entry in batch if isinstance(entry.record, records.ChangeMessage)}
+        targets = await self._store.changes.targets(list(changed)) if changed else {}
+        return self._planner.plan(batch, Read(found, replies, targets), now_ms)
 
-    def _from_stranger(self, entry: Entry) -> bool:
-        """Is the sender no member? Then it may be the retry of a message it sent while it was one, which has its
-        ack.
+    def _is_doubtful(self, entry: Entry) -> bool:
+        """May this be the retry of what has its ack, without the insert noticing? A message of a sender who is no
+        member; a change or command that would now find nothing to do, or is no longer allowed.
         """
-        owned = self._conversations.get(entry.conversation_id)
         record = entry.record
-        return isinstance(record, records.SendMessage) and owned is not None and record.sender_id not in owned.members
+        if not isinstance(record, records.SendMessage):
+            return not isinstance(record, records.SetMember) and not self._planner.knows(entry)
+        owned = self._conversations.get(entry.conversation_id)
+        return owned is not None and record.sender_id not in owned.members
 
     async def _find_reply_targets(self, batch: Sequence[Entry]) -> dict[str, Place]:
         wanted: dict[str, Place] = {}
@@ -128,7 +137,7 @@ class Committer:
                     wanted[target] = place
         if unknown:
             for message_id, at in (await self._store.messages.locate(unknown)).items():
-                wanted[message_id] = Place(at.conversation_id, at.sequence_number, at.countable)
+                wanted[message_id] = Place(at.conversation_id, at.sequence_number, at.countable, at.replyable)
         return wanted
 
     def _remember(self, plan: Plan) -> None:
@@ -139,7 +148,11 @@ class Committer:
             owned = self._conversations.get(message.conversation_id)
             if owned is not None:
                 self._note_own(owned, message.sender_id, sequence, countable)
-            self._recent_places.put(document["_id"], Place(message.conversation_id, sequence, countable))
+            is_system = message.message_type is MessageType.SYSTEM
+            self._recent_places.put(document["_id"], Place(message.conversation_id, sequence, countable, not is_system))
+        for message_id in plan.deleted:
+            if (place := self._recent_places.get(message_id)) is not None:
+                self._recent_places.put(message_id, place._replace(replyable=False))
         self._planner.remember(plan)
         if plan.documents:
             metrics.INGESTED.labels("committed").inc(len(plan.documents))
@@ -167,15 +180,9 @@ class Committer:
         )
         metrics.INGESTED.labels("dead_letter").inc()
         log.error("message_buried", conversation_id=entry.conversation_id, reason=reason[:200])
-        if isinstance(record, records.SendMessage):
-            frame = frames.error_frame(
-                ErrorCode.VALIDATION_FAILED,
-                "the message cannot be stored",
-                client_message_id=record.client_message_id or None,
-                idempotency_key=record.idempotency_key,
-                conversation_id=record.conversation_id,
-            )
-            return record.instance, records.Outcome(record.connection, record.idempotency_key, codec.JSON.encode(frame))
+        if isinstance(record, records.SendMessage | records.ChangeMessage):
+            return refused(record, ErrorCode.VALIDATION_FAILED, "the message cannot be stored")
+        assert not isinstance(record, records.SetMember), "it has no document"
         return record.instance, records.CommandOutcome(
             record.request, ErrorCode.VALIDATION_FAILED, "the command cannot be stored", b""
         )

@@ -72,14 +72,16 @@ class _ShardLog:
 class Lane:
     """Shards `index` modulo the number of lanes, as far as this worker holds their leases."""
 
-    def __init__(self, store: Store, broker: Broker, registry: Registry, batch: int, shards: int) -> None:
+    def __init__(
+        self, store: Store, broker: Broker, registry: Registry, batch: int, shards: int, edit_seconds: int
+    ) -> None:
         self._store = store
         self._broker = broker
         self._batch = batch
         self._conversations = Conversations(store.conversations)
         self._courier = Courier(registry)
         self._receipts = Receipts(self._conversations, store.messages, store.marks, self._courier, shards)
-        self._committer = Committer(store, self._conversations, self._receipts.recent)
+        self._committer = Committer(store, self._conversations, self._receipts.recent, edit_seconds)
         self._logs: dict[int, _ShardLog] = {}
         self._new_shards: list[int] = []
         self._queue: deque[Entry] = deque()
@@ -192,6 +194,7 @@ class Lane:
             if entry.payload is None:
                 metrics.INGESTED.labels("lost").inc()
                 self._done(entry.shard, entry.entry_id)
+                self._to_tell.set()
                 continue
             try:
                 record = codec.decode_ingest(entry.payload)
@@ -214,6 +217,8 @@ class Lane:
         metrics.INGESTED.labels("dead_letter").inc()
         log.error("entry_unreadable", shard=entry.shard, reason=reason[:200])
         self._done(entry.shard, entry.entry_id)
+        # Nobody may come after it: its acknowledgement does not wait for the next commit.
+        self._to_tell.set()
 
     def _done(self, shard: int, entry_id: bytes) -> None:
         shard_log = self._logs.get(shard)
@@ -255,7 +260,7 @@ class Lane:
                 held_back.append(entry)
                 continue
             room[entry.conversation_id] -= 1
-            if isinstance(entry.record, records.RemoveParticipant):
+            if _may_end_a_stay(entry.record):
                 room[entry.conversation_id] = 0
             batch.append(entry)
         self._queue.extendleft(reversed(held_back))
@@ -292,6 +297,12 @@ class Lane:
             except BrokerUnavailable as error:
                 log.warning("delivery_waits", error=str(error)[:200])
                 await anyio.sleep(0.2)
+        if plan.notices:
+            try:
+                await self._courier.notify(plan.notices, down)
+            except BrokerUnavailable as error:
+                # The log says it too, and lists of conversations are read from the store.
+                log.warning("notices_lost", notices=len(plan.notices), error=str(error)[:200])
         for user_id, messages in offline.items():
             for message in messages:
                 assert isinstance(message.message_id, str)
@@ -392,6 +403,12 @@ class Lane:
         except BaseException:
             self._keys = keys + self._keys
             raise
+
+
+def _may_end_a_stay(record: records.LogRecord) -> bool:
+    return isinstance(record, records.RemoveParticipant) or (
+        isinstance(record, records.ChangeConversation) and isinstance(record.change, records.Ban)
+    )
 
 
 def _now_ms() -> int:

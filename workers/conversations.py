@@ -9,14 +9,24 @@ the truth.
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import msgspec
 import structlog
 
 from protocol import codec
-from protocol.models import Conversation, ConversationType, Membership, Role, SystemEvent
-from workers.store.conversations import ConversationStore, Loaded, new_membership
+from protocol.models import (
+    JOINING,
+    LEAVING,
+    Conversation,
+    ConversationType,
+    EventKind,
+    Membership,
+    Role,
+    SystemEvent,
+)
+from workers.projection import Folded, Projection, effect_of_tail
+from workers.store.conversations import ConversationStore, Loaded, TailMessage, new_membership
 from workers.store.marks import Mark
 
 if TYPE_CHECKING:
@@ -31,12 +41,29 @@ log = structlog.get_logger()
 class Member:
     """A live member with its watermarks; `devices` holds only cursors that moved here and are not flushed."""
 
-    __slots__ = ("delivered", "devices", "join_seq", "own", "read", "read_countable", "role", "user_id")
+    __slots__ = (
+        "blocks",
+        "delivered",
+        "devices",
+        "hide_reads",
+        "join_seq",
+        "own",
+        "read",
+        "read_countable",
+        "role",
+        "silenced_until",
+        "user_id",
+    )
 
     def __init__(self, membership: Membership) -> None:
         self.user_id = membership.user_id
         self.role = membership.role
         self.join_seq = membership.join_seq
+        until = membership.silenced_until
+        self.silenced_until = 0 if until is msgspec.UNSET else int(until.timestamp() * 1000)
+        """Epoch ms; 0: not silenced."""
+        self.hide_reads = membership.hide_reads is True
+        self.blocks = membership.blocks is True
         self.delivered = membership.delivered_seq
         self.read = membership.read_seq
         self.read_countable = membership.read_countable
@@ -54,75 +81,14 @@ class Member:
             self.delivered = max(self.delivered, self.own.popleft())
         return True
 
+    def shown_marks(self) -> tuple[int, int]:
+        """(delivered, read) as others may know them: who hides what it reads has got it, no more."""
+        return (max(self.delivered, self.read), 0) if self.hide_reads else (self.delivered, self.read)
+
     def mark(self, conversation_id: str) -> Mark:
         """What the next flush writes for this member; forgets the moved cursors."""
         devices, self.devices = self.devices, {}
         return Mark(conversation_id, self.user_id, self.delivered, self.read, self.read_countable, devices)
-
-
-class Projection:
-    """Membership changes of one conversation that `memberships` does not show yet: the last stay of each user they
-    touch.
-    """
-
-    __slots__ = ("joined", "left", "roles")
-
-    def __init__(self) -> None:
-        self.joined: dict[str, Membership] = {}
-        self.left: dict[str, int] = {}
-        self.roles: dict[str, Role] = {}
-
-    def add(self, event: SystemEvent, joined: Iterable[Membership], sequence: int) -> None:
-        """One more system message, whose stays `Owned.fold_event` returned."""
-        for membership in joined:
-            self.joined[membership.user_id] = membership
-            self.left.pop(membership.user_id, None)
-        if event.event in ("removed", "left"):
-            for user_id in event.targets:
-                self.left[user_id] = sequence
-        if isinstance(event.roles, dict):
-            self.roles.update(event.roles)
-
-    async def write(self, store: ConversationStore, owned: Owned) -> None:
-        """Make `memberships` and `conversations` show it. Raises StoreUnavailable; safe to repeat."""
-        stays = [
-            msgspec.structs.replace(stay, leave_seq=self.left[user_id]) if user_id in self.left else stay
-            for user_id, stay in self.joined.items()
-        ]
-        ended = [(user_id, at) for user_id, at in self.left.items() if user_id not in self.joined]
-        await store.apply(owned.conversation_id, owned.membership_seq, owned.roster, stays, ended, self.roles.items())
-
-
-class Low(NamedTuple):
-    """The lowest of the members' marks, whose it is, and the next one up: so that an author's own mark can be left
-    out.
-    """
-
-    mark: int
-    user_id: str
-    others: int
-
-    def without(self, user_id: str) -> int:
-        """What all but this member have reached."""
-        return self.others if user_id == self.user_id else self.mark
-
-
-class GroupMarks(NamedTuple):
-    """What everybody in a group has stored and read."""
-
-    delivered: Low
-    read: Low
-
-    def for_author(self, user_id: str) -> tuple[int, int]:
-        """(delivered, read) through which all others have come."""
-        return self.delivered.without(user_id), self.read.without(user_id)
-
-
-def _low(marks: list[tuple[int, str]]) -> Low:
-    if not marks:
-        return Low(0, "", 0)
-    mark, user_id = min(marks)
-    return Low(mark, user_id, min((other for other, name in marks if name != user_id), default=mark))
 
 
 class Owned:
@@ -132,11 +98,14 @@ class Owned:
 
     __slots__ = (
         "announced",
+        "banned",
+        "blocked",
         "conversation",
         "conversation_id",
         "countable",
         "created_ms",
         "digest",
+        "disappearing_seconds",
         "inboxed",
         "last",
         "members",
@@ -156,6 +125,12 @@ class Owned:
         """Ids of the live members, one object until membership changes: messages with the same roster travel
         together.
         """
+        seconds = conversation.disappearing_seconds
+        self.disappearing_seconds = 0 if seconds is msgspec.UNSET else seconds
+        self.banned = set(loaded.banned) if loaded else set()
+        self.blocked = False
+        """1:1: one of the two takes nothing from the other."""
+        self.note_blocks()
         self.last = loaded.last if loaded else 0
         self.digest = loaded.digest if loaded else bytes(16)
         self.countable = loaded.countable if loaded else 0
@@ -163,8 +138,8 @@ class Owned:
         self.created_ms = int(created_at.timestamp() * 1000) if created_at else 0
         self.inboxed: dict[str, list[tuple[int, str]]] = {}
         """User → (sequence, message id) put into the inbox here and not yet delivered."""
-        self.announced = self.group_marks()
-        """What the authors of a group have been told."""
+        self.announced = {name: member.shown_marks() for name, member in self.members.items()} if self.is_group else {}
+        """Of a group: member → its marks that the authors have been told."""
 
     @property
     def is_group(self) -> bool:
@@ -176,35 +151,59 @@ class Owned:
             return self.conversation_id
         return next((user_id for user_id in self.roster if user_id != sender_id), sender_id)
 
-    def group_marks(self) -> GroupMarks:
-        """What everybody has reached now."""
-        members = self.members.values()
-        return GroupMarks(
-            _low([(member.delivered, member.user_id) for member in members]),
-            _low([(member.read, member.user_id) for member in members]),
+    def shown(self) -> Conversation:
+        """The conversation as it stands in memory."""
+        return msgspec.structs.replace(
+            self.conversation, participants=list(self.roster), last_sequence_number=self.last
         )
 
-    def fold_event(self, event: SystemEvent, sequence: int) -> list[Membership]:
-        """Apply one system message to the members; returns the stays it began."""
-        joined = []
-        if event.event in ("created", "added"):
+    def note_blocks(self) -> None:
+        """A member's `blocks` may have changed."""
+        self.blocked = not self.is_group and any(member.blocks for member in self.members.values())
+
+    def fold_event(self, event: SystemEvent, sequence: int) -> Folded:
+        """Apply one system message; returns the stays it began and ended."""
+        joined: list[Membership] = []
+        left: list[str] = []
+        kind = event.event
+        if kind in JOINING:
             # Who joins has nothing unread from before: all that counts so far is behind its mark.
             for user_id in event.targets:
-                role = Role.OWNER if event.event == "created" and user_id == event.actor else Role.MEMBER
+                role = Role.OWNER if kind is EventKind.CREATED and user_id == event.actor else Role.MEMBER
                 membership = new_membership(self.conversation_id, user_id, role, sequence, self.countable)
                 self.members[user_id] = Member(membership)
                 joined.append(membership)
-        else:
+        elif kind in LEAVING:
             for user_id in event.targets:
-                self.members.pop(user_id, None)
                 self.inboxed.pop(user_id, None)
+                if self.members.pop(user_id, None) is not None:
+                    left.append(user_id)
+        self._fold_state(event)
+        self.membership_seq = sequence
+        if joined or left:
+            self.roster = tuple(self.members)
+        return Folded(joined, left)
+
+    def _fold_state(self, event: SystemEvent) -> None:
+        if event.event is EventKind.BANNED:
+            self.banned.update(event.targets)
+        elif event.event is EventKind.UNBANNED:
+            self.banned.difference_update(event.targets)
+        elif event.event is EventKind.SILENCED and isinstance(event.until, int):
+            for user_id in event.targets:
+                if user_id in self.members:
+                    self.members[user_id].silenced_until = event.until
+        elif event.event is EventKind.DISAPPEARING and isinstance(event.seconds, int):
+            self.disappearing_seconds = event.seconds
+            self.conversation = msgspec.structs.replace(
+                self.conversation, disappearing_seconds=event.seconds or msgspec.UNSET
+            )
+        if isinstance(event.title, str):
+            self.conversation = msgspec.structs.replace(self.conversation, title=event.title or msgspec.UNSET)
         if isinstance(event.roles, dict):
             for user_id, role in event.roles.items():
                 if user_id in self.members:
                     self.members[user_id].role = role
-        self.membership_seq = sequence
-        self.roster = tuple(self.members)
-        return joined
 
     def adopt(self, memberships: Iterable[Membership]) -> None:
         """The members of a conversation that has no system messages (1:1)."""
@@ -273,14 +272,24 @@ class Conversations:
                 if (member := owned.sent(message.sender_id, message.sequence_number, message.countable)) is not None:
                     self.lazy[owned.conversation_id, message.sender_id] = member
             elif message.sequence_number > loaded.membership_seq:
-                event = codec.decode_system_event(message.system_content)
-                owned.countable = message.countable
                 projection = projection or Projection()
-                projection.add(event, owned.fold_event(event, message.sequence_number), message.sequence_number)
+                self._fold_system(owned, message.system_content, message, projection)
         owned.countable = countable_at_head
         if projection is not None:
             log.info("projection_repaired", conversation_id=owned.conversation_id, through=owned.membership_seq)
-            await projection.write(self._store, owned)
+            await self._store.apply([projection.through(owned)])
+
+    @staticmethod
+    def _fold_system(owned: Owned, content: str, message: TailMessage, projection: Projection) -> None:
+        if not content:
+            # An edit whose content went with its target: there is nothing left to do.
+            owned.membership_seq = message.sequence_number
+            return
+        event = codec.decode_system_event(content)
+        owned.countable = message.countable
+        projection.add(event, owned.fold_event(event, message.sequence_number), message.sequence_number)
+        if (effect := effect_of_tail(event, message)) is not None:
+            projection.add_effect(effect)
 
     @staticmethod
     def _overlay(member: Member, moved: Member) -> None:

@@ -11,6 +11,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
 import anyio
+import msgspec
 import structlog
 
 from protocol import codec, frames, records
@@ -35,13 +36,14 @@ Down = dict[str, list[records.DownItem]]
 
 class Committed(NamedTuple):
     """One committed message on its way out. `roster`: who may see it. `instance`/`connection`: where it came from (""
-    / 0: a server).
+    / 0: a server). `hidden_for`: whose private deletion this is; the others do not see what it is about.
     """
 
     message: StoredMessage
     roster: tuple[str, ...]
     instance: str
     connection: int
+    hidden_for: str = ""
 
 
 class Registry:
@@ -207,6 +209,10 @@ def _runs(committed: Sequence[Committed]) -> list[_Run]:
     open_runs: dict[str, _Run] = {}
     for item in committed:
         conversation_id = item.message.conversation_id
+        if item.hidden_for:
+            open_runs.pop(conversation_id, None)
+            runs += _private_runs(item)
+            continue
         run = open_runs.get(conversation_id)
         if run is not None and run.takes(item):
             run.add(item)
@@ -214,6 +220,13 @@ def _runs(committed: Sequence[Committed]) -> list[_Run]:
             run = open_runs[conversation_id] = _Run(item)
             runs.append(run)
     return runs
+
+
+def _private_runs(item: Committed) -> list[_Run]:
+    """The entry of a private deletion: with its target for its actor, without for the others."""
+    veiled = msgspec.structs.replace(item.message, target_message_id=msgspec.UNSET)
+    others = tuple(user_id for user_id in item.roster if user_id != item.hidden_for)
+    return [_Run(item._replace(roster=(item.hidden_for,))), _Run(item._replace(message=veiled, roster=others))]
 
 
 def encode_live(messages: list[StoredMessage]) -> bytes:

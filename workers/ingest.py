@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import anyio
 import structlog
 
-from workers import metrics
+from workers import janitor, metrics
 from workers.broker import Broker, BrokerUnavailable
 from workers.consumer import Lane
 from workers.delivery import Registry
@@ -32,7 +32,10 @@ async def run(settings: Settings, store: Store, broker: Broker, stopping: anyio.
     """Own a share of the shards until `stopping`; then finish what was read, flush, and release the leases."""
     worker_id = f"worker-{secrets.token_hex(6)}"
     registry = Registry(broker)
-    lanes = [Lane(store, broker, registry, settings.batch, settings.shards) for _ in range(settings.lanes)]
+    lanes = [
+        Lane(store, broker, registry, settings.batch, settings.shards, settings.edit_seconds)
+        for _ in range(settings.lanes)
+    ]
 
     def share(held: frozenset[int]) -> None:
         metrics.SHARDS_HELD.set(len(held))
@@ -44,6 +47,7 @@ async def run(settings: Settings, store: Store, broker: Broker, stopping: anyio.
         upkeep.start_soon(registry.run, name="registry")
         upkeep.start_soon(_stay_listed, broker, worker_id, name="instance lease")
         upkeep.start_soon(leases.run, name="shard leases")
+        upkeep.start_soon(janitor.run, store, name="janitor")
         async with anyio.create_task_group() as group:
             for index, lane in enumerate(lanes):
                 group.start_soon(lane.run, stopping, name=f"lane {index}")

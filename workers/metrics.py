@@ -33,6 +33,7 @@ COMMIT_SECONDS: Final = Histogram(
 COMMIT_RETRIES: Final = Counter("trireme_ingest_retries_total", "Batches planned again", ["reason"])
 RECEIPTS: Final = Counter("trireme_receipts_total", "Receipts by what became of them", ["outcome"])
 DELIVERIES: Final = Counter("trireme_deliveries_total", "Runs of messages times the users they are for")
+ERASED: Final = Counter("trireme_erased_total", "Messages whose content has disappeared for good")
 SHARDS_HELD: Final = Gauge("trireme_shards_held", "Shards this process owns")
 
 # --- REST role -------------------------------------------------------------------------------------------------------

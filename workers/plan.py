@@ -2,7 +2,7 @@
 out.
 
 A plan moves the owner's state forward as if it were committed. Whoever cannot commit it drops the touched
-conversations and plans again.
+conversations and plans again. What is allowed: `groups.py` (conversations) and `changes.py` (messages).
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, assert_never
 
 import msgspec
 
-from protocol import codec, frames, keys, records
+from protocol import codec, keys, records
 from protocol.errors import ErrorCode
 from protocol.models import (
     SYSTEM_SENDER,
     Conversation,
+    EventKind,
     Membership,
     MessageStatus,
     MessageType,
@@ -25,9 +26,13 @@ from protocol.models import (
     SystemEvent,
 )
 from protocol.watermarks import chain_digest, content_hash, message_status
-from workers import groups, metrics
-from workers.conversations import Conversations, Owned, Projection
+from workers import changes, drafts, groups, metrics, notices
+from workers.conversations import Conversations, Owned
 from workers.delivery import Committed
+from workers.drafts import Draft
+from workers.outcomes import Asked, acknowledged, refused
+from workers.projection import Folded, Projection, effect_of
+from workers.store.conversations import MemberSettings
 from workers.store.messages import Found, Key, from_ms
 
 if TYPE_CHECKING:
@@ -35,11 +40,10 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from workers.receipts import Place
+    from workers.store.changes import Target
 
 RECENT_KEYS = 50_000
 """Keys remembered per generation, two generations (about 300 bytes each); the unique index catches the rest."""
-
-LogRecord = records.SendMessage | records.GroupCommand
 
 
 class Entry:
@@ -47,7 +51,7 @@ class Entry:
 
     __slots__ = ("entry_id", "message_id", "record", "redelivered", "shard")
 
-    def __init__(self, shard: int, entry_id: bytes, record: LogRecord, redelivered: bool) -> None:
+    def __init__(self, shard: int, entry_id: bytes, record: records.LogRecord, redelivered: bool) -> None:
         self.shard = shard
         self.entry_id = entry_id
         self.record = record
@@ -64,30 +68,35 @@ class Entry:
         record = self.record
         if isinstance(record, records.SendMessage):
             return record.conversation_id, record.sender_id, record.idempotency_key
+        if isinstance(record, records.ChangeMessage):
+            # With its sender in front, so that the keys of different users never meet.
+            return record.conversation_id, SYSTEM_SENDER, f"{record.sender_id}:{record.idempotency_key}"
+        if isinstance(record, records.SetMember):
+            return record.conversation_id, SYSTEM_SENDER, f"member:{record.user_id}"
         return record.conversation_id, SYSTEM_SENDER, record.command_id
 
 
-class Draft(NamedTuple):
-    """A message that may be written, without its place. `key`: of its sender, or the id of a group command."""
+class Read(NamedTuple):
+    """What was read for a batch before it is planned: committed messages by key, where reply targets lie, the targets
+    of changes."""
 
-    sender_id: str
-    receiver_id: str
-    message_type: MessageType
-    content: str
-    key: str
-    timestamp_ms: int
-    media_url: str | None = None
-    reply_to: str | None = None
+    found: dict[Key, Found]
+    replies: dict[str, Place]
+    targets: dict[str, Target]
 
 
 class Known(msgspec.Struct, frozen=True, gc=False):
-    """A message that has a place: committed, or planned in this batch. Unseen by the collector: there are 100,000."""
+    """A message that has a place: committed, or planned in this batch. Unseen by the collector: there are 100,000.
+
+    `as_sent`: it still says what it said. `has_media`: the fingerprint knows its media (a deleted message has none).
+    """
 
     message_id: str
     sequence_number: int
-    countable: int
     created_ms: int
     fingerprint: int
+    as_sent: bool = True
+    has_media: bool = True
 
 
 class Plan:
@@ -108,6 +117,12 @@ class Plan:
         """
         self.outcomes: list[tuple[str, records.DownItem]] = []
         self.projections: dict[str, tuple[Owned, Projection]] = {}
+        self.settings: list[MemberSettings] = []
+        """What accounts' settings mean for members: no entry of the log."""
+        self.deleted: set[str] = set()
+        """Ids of messages that changes of this plan delete for all."""
+        self.notices: list[notices.Notice] = []
+        """`conversation_update` frames, each for its users."""
         self.created: list[tuple[Conversation, list[Membership]]] = []
         """Conversations that must exist before the documents: the log of an unknown one could not be loaded."""
 
@@ -115,28 +130,41 @@ class Plan:
 class Planner:
     """Plans batches of one lane against the owner's memory: authorise, dedupe, take the next sequence. Never awaits."""
 
-    def __init__(self, conversations: Conversations) -> None:
+    def __init__(self, conversations: Conversations, edit_seconds: int) -> None:
         self._conversations = conversations
+        self._edit_seconds = edit_seconds
         self._recent_keys: dict[Key, Known] = {}
         self._older_keys: dict[Key, Known] = {}
         self._entropy = count(secrets.randbits(47))
 
-    def plan(self, batch: Sequence[Entry], found: dict[Key, Found], replies: dict[str, Place], now_ms: int) -> Plan:
-        """What these entries become. `found`: committed messages looked up by key; `replies`: where reply targets
-        lie.
-        """
+    def plan(self, batch: Sequence[Entry], read: Read, now_ms: int) -> Plan:
+        """What these entries become."""
         plan = Plan()
-        for key, hit in found.items():
+        for key, hit in read.found.items():
             created_ms = int(hit.created_at.timestamp() * 1000)
             plan.known[key] = Known(
-                hit.message_id, hit.sequence_number, hit.countable, created_ms, hash(hit.fingerprint)
+                hit.message_id,
+                hit.sequence_number,
+                created_ms,
+                hash(hit.fingerprint),
+                as_sent=hit.as_sent,
+                has_media=not hit.deleted,
             )
         for entry in batch:
-            if isinstance(entry.record, records.SendMessage):
-                self._plan_message(entry, entry.record, plan, replies, now_ms)
+            record = entry.record
+            if isinstance(record, records.SendMessage):
+                self._plan_message(entry, record, plan, read.replies, now_ms)
+            elif isinstance(record, records.ChangeMessage):
+                self._plan_change(entry, record, plan, read.targets, now_ms)
+            elif isinstance(record, records.SetMember):
+                self._plan_settings(record, plan)
             else:
-                self._plan_command(entry, entry.record, plan, now_ms)
+                self._plan_command(entry, record, plan, now_ms)
         return plan
+
+    def knows(self, entry: Entry) -> bool:
+        """Is this entry's key remembered, so that nobody has to be asked whether it is a repeat?"""
+        return entry.key in self._recent_keys or entry.key in self._older_keys
 
     def remember(self, plan: Plan) -> None:
         """The plan is durable: its keys answer their own repeats."""
@@ -161,31 +189,41 @@ class Planner:
         member = None if owned is None else owned.members.get(record.sender_id)
         key = entry.key
         known = self._known(key, plan)
+        hashed = content_hash(record.content)
         if owned is not None and known is not None:
-            self._plan_duplicate(entry, record, owned, known, plan)
+            if self._plan_duplicate(entry, record, owned, known, plan, _fingerprint(record, hashed, known.has_media)):
+                self._tell_again(record, owned, known, plan)
             return
         if owned is None or member is None:
-            self._reject(record, plan, ErrorCode.CONVERSATION_NOT_FOUND, "no such conversation")
+            self._reject(record, plan, _NO_CONVERSATION)
             return
-        if (reason := _check_addressing(record, owned, member.join_seq, replies)) is not None:
-            self._reject(record, plan, ErrorCode.VALIDATION_FAILED, reason)
+        verdict = groups.check_speech(owned, member, now_ms) or _check_addressing(
+            record, owned, member.join_seq, replies, plan
+        )
+        if verdict is not None:
+            self._reject(record, plan, verdict)
             return
+        seconds = owned.disappearing_seconds
         draft = Draft(
             record.sender_id,
             record.receiver_id or owned.default_receiver(record.sender_id),
             record.message_type,
             record.content,
+            hashed,
             record.idempotency_key,
             record.timestamp,
             record.media_url,
             record.reply_to_message_id,
+            record.forwarded,
+            max(now_ms, owned.created_ms) + seconds * 1000 if seconds else 0,
+            seconds > 0,
         )
         message = self._append(entry, owned, plan, draft, now_ms)
-        known = Known(entry.message_id, owned.last, owned.countable, owned.created_ms, _fingerprint(record))
+        known = Known(entry.message_id, owned.last, owned.created_ms, _fingerprint(record, hashed), as_sent=not seconds)
         plan.known[key] = known
         plan.keys.append((key, entry.message_id, message.created_at))
         plan.committed.append(Committed(message, owned.roster, record.instance, record.connection))
-        plan.outcomes.append((record.instance, _ack(record, known, MessageStatus.SENT, duplicate=False)))
+        self._acknowledge(record, known, MessageStatus.SENT, plan)
 
     def _append(self, entry: Entry, owned: Owned, plan: Plan, draft: Draft, now_ms: int) -> StoredMessage:
         """Take the next place of the log: the document, and the message as the others see it."""
@@ -194,52 +232,34 @@ class Planner:
         message_id = entry.message_id
         sequence = owned.last + 1
         owned.last = sequence
-        owned.digest = chain_digest(owned.digest, message_id, draft.sender_id, sequence, content_hash(draft.content))
+        owned.digest = chain_digest(owned.digest, message_id, draft.sender_id, sequence, draft.hashed)
         if draft.message_type is not MessageType.SYSTEM:
             owned.countable += 1
         # Never before its predecessor, so that retention removes a prefix of the log only.
         owned.created_ms = max(now_ms, owned.created_ms)
-        message = StoredMessage(
-            message_id=message_id,
-            conversation_id=owned.conversation_id,
-            sequence_number=sequence,
-            sender_id=draft.sender_id,
-            receiver_id=draft.receiver_id,
-            message_type=draft.message_type,
-            content=draft.content,
-            media_url=msgspec.UNSET if draft.media_url is None else draft.media_url,
-            reply_to_message_id=msgspec.UNSET if draft.reply_to is None else draft.reply_to,
-            timestamp=from_ms(draft.timestamp_ms),
-            status=MessageStatus.SENT,
-            created_at=from_ms(owned.created_ms),
-        )
-        plan.documents.append(_document(message, draft, owned))
+        message = drafts.place(draft, message_id, owned)
+        plan.documents.append(drafts.document(message, draft, owned))
         plan.fresh.add(message_id)
         return message
 
     def _plan_duplicate(
-        self, entry: Entry, record: records.SendMessage, owned: Owned, known: Known, plan: Plan
-    ) -> None:
-        if known.fingerprint != _fingerprint(record):
-            self._reject(
-                record,
-                plan,
-                ErrorCode.IDEMPOTENCY_CONFLICT,
-                "this key was used for another message",
-                record.conversation_id,
-            )
-            return
+        self, entry: Entry, record: Asked, owned: Owned, known: Known, plan: Plan, fingerprint: int
+    ) -> bool:
+        """Acknowledge what has its place already; False where the key was used for something else."""
+        if known.fingerprint != fingerprint:
+            self._reject(record, plan, _OTHER_PAYLOAD)
+            return False
         # An entry that met its own document was committed by an earlier attempt: nobody has heard of it yet.
         is_first = known.message_id == entry.message_id or entry.redelivered
-        marks = [(m.delivered, m.read) for m in owned.members.values() if m.user_id != record.sender_id]
-        status = message_status(known.sequence_number, marks)
-        plan.outcomes.append((record.instance, _ack(record, known, status, duplicate=not is_first)))
-        if known.message_id not in plan.fresh and record.sender_id in owned.members:
-            plan.again.append(self._repeat(record, owned, known))
+        status = _status(owned, record.sender_id, known.sequence_number)
+        self._acknowledge(record, known, status, plan, duplicate=not is_first)
         metrics.INGESTED.labels("duplicate").inc()
+        return True
 
     @staticmethod
-    def _repeat(record: records.SendMessage, owned: Owned, known: Known) -> Committed:
+    def _tell_again(record: records.SendMessage, owned: Owned, known: Known, plan: Plan) -> None:
+        if known.message_id in plan.fresh or not known.as_sent or record.sender_id not in owned.members:
+            return
         message = StoredMessage(
             message_id=known.message_id,
             conversation_id=owned.conversation_id,
@@ -253,29 +273,111 @@ class Planner:
             timestamp=from_ms(record.timestamp),
             status=MessageStatus.SENT,
             created_at=from_ms(known.created_ms),
+            forwarded=True if record.forwarded else msgspec.UNSET,
         )
-        return Committed(message, owned.roster, record.instance, record.connection)
+        plan.again.append(Committed(message, owned.roster, record.instance, record.connection))
 
     @staticmethod
-    def _reject(
-        record: records.SendMessage, plan: Plan, code: ErrorCode, reason: str, conversation_id: str | None = None
+    def _acknowledge(
+        record: Asked, known: Known, status: MessageStatus, plan: Plan, *, duplicate: bool = False
     ) -> None:
-        metrics.INGESTED.labels("rejected").inc()
-        frame = frames.error_frame(
-            code,
-            reason,
-            client_message_id=record.client_message_id or None,
-            idempotency_key=record.idempotency_key,
-            conversation_id=conversation_id or record.conversation_id,
-        )
         plan.outcomes.append(
-            (
-                record.instance,
-                records.Outcome(record.connection, record.idempotency_key, codec.JSON.encode(frame)),
-            )
+            acknowledged(record, known.message_id, known.sequence_number, known.created_ms, status, duplicate=duplicate)
         )
 
-    # --- group commands ----------------------------------------------------------------------------------------------
+    @staticmethod
+    def _reject(record: Asked, plan: Plan, why: groups.Refused) -> None:
+        metrics.INGESTED.labels("rejected").inc()
+        plan.outcomes.append(refused(record, why.code, why.message))
+
+    # --- changes of messages -----------------------------------------------------------------------------------------
+
+    def _plan_change(
+        self, entry: Entry, record: records.ChangeMessage, plan: Plan, targets: dict[str, Target], now_ms: int
+    ) -> None:
+        owned = self._conversations.get(record.conversation_id)
+        if owned is None:
+            self._reject(record, plan, _NO_CONVERSATION)
+            return
+        known = self._known(entry.key, plan)
+        if known is not None:
+            content = codec.encode_value(changes.event_of(record)).decode()
+            fingerprint = hash((content_hash(content), MessageType.SYSTEM.value, None, None))
+            self._plan_duplicate(entry, record, owned, known, plan, fingerprint)
+            return
+        target = targets.get(record.message_id)
+        verdict = changes.decide(record, owned, target, now_ms, self._edit_seconds)
+        match verdict:
+            case groups.Refused():
+                self._reject(record, plan, verdict)
+            case groups.NoChange():
+                assert target is not None
+                place = Known(target.message_id, target.sequence_number, target.created_ms, 0)
+                self._acknowledge(record, place, _status(owned, record.sender_id, place.sequence_number), plan)
+            case groups.Change(event):
+                assert target is not None
+                self._append_change(entry, record, owned, target, event, plan, now_ms)
+            case _:
+                assert_never(verdict)
+
+    def _append_change(
+        self,
+        entry: Entry,
+        record: records.ChangeMessage,
+        owned: Owned,
+        target: Target,
+        event: SystemEvent,
+        plan: Plan,
+        now_ms: int,
+    ) -> None:
+        """A change takes its place in the log, and its target changes with it."""
+        is_edit = event.event is EventKind.EDITED
+        hidden_for = record.sender_id if event.event is EventKind.HIDDEN else ""
+        draft = _event_draft(event, owned, entry.key[2], now_ms)._replace(
+            target_id=target.message_id,
+            hidden_for=hidden_for,
+            keeps_hash=is_edit,
+            expires_ms=target.expires_ms if is_edit else 0,
+        )
+        message, _ = self._append_event(entry, owned, event, draft, plan, now_ms)
+        effect = effect_of(event, owned.last, message.created_at, target.message_id, hidden_for, target.content_hash)
+        if effect is not None:
+            plan.projections[owned.conversation_id][1].add_effect(effect)
+        changes.move_on(target, record)
+        if event.event in (EventKind.EDITED, EventKind.DELETED):
+            key = (owned.conversation_id, target.sender_id, target.key)
+            if (known := self._known(key, plan)) is not None:
+                plan.known[key] = msgspec.structs.replace(known, as_sent=False)
+        if target.deleted:
+            plan.deleted.add(target.message_id)
+        plan.committed.append(Committed(message, owned.roster, "", 0, hidden_for))
+        self._acknowledge(record, plan.known[entry.key], MessageStatus.SENT, plan)
+
+    def _append_event(
+        self, entry: Entry, owned: Owned, event: SystemEvent, draft: Draft, plan: Plan, now_ms: int
+    ) -> tuple[StoredMessage, Folded]:
+        """Any system message: its place, and what it makes of the conversation."""
+        message = self._append(entry, owned, plan, draft, now_ms)
+        _, projection = plan.projections.setdefault(owned.conversation_id, (owned, Projection()))
+        folded = owned.fold_event(event, owned.last)
+        projection.add(event, folded, owned.last)
+        fingerprint = hash((draft.hashed, MessageType.SYSTEM.value, None, None))
+        plan.known[entry.key] = Known(entry.message_id, owned.last, owned.created_ms, fingerprint)
+        return message, folded
+
+    # --- commands about conversations --------------------------------------------------------------------------------
+
+    def _plan_settings(self, record: records.SetMember, plan: Plan) -> None:
+        owned = self._conversations.get(record.conversation_id)
+        member = None if owned is None else owned.members.get(record.user_id)
+        if owned is None or member is None:
+            return
+        if record.hide_reads is not None:
+            member.hide_reads = record.hide_reads
+        if record.blocks is not None:
+            member.blocks = record.blocks
+            owned.note_blocks()
+        plan.settings.append(MemberSettings(record.conversation_id, record.user_id, record.hide_reads, record.blocks))
 
     def _plan_command(self, entry: Entry, record: records.GroupCommand, plan: Plan, now_ms: int) -> None:
         owned = self._conversations.get(record.conversation_id)
@@ -287,9 +389,9 @@ class Planner:
         match record:
             case records.CreateConversation():
                 self._plan_create(entry, record, plan, owned, now_ms)
-            case records.AddParticipants() | records.RemoveParticipant():
+            case records.AddParticipants() | records.RemoveParticipant() | records.ChangeConversation():
                 if owned is None:
-                    self._refuse(record, plan, groups.Refused(ErrorCode.CONVERSATION_NOT_FOUND, "no such conversation"))
+                    self._refuse(record, plan, _NO_CONVERSATION)
                     return
                 verdict = groups.decide(record, owned)
                 match verdict:
@@ -298,11 +400,9 @@ class Planner:
                     case groups.NoChange():
                         self._answer(record, plan, owned)
                     case groups.Change(event):
-                        self._append_event(entry, record, owned, event, plan, now_ms)
+                        self._append_step(entry, record, owned, event, plan, now_ms)
                     case _:
                         assert_never(verdict)
-            case records.ChangeConversation():
-                self._refuse(record, plan, groups.Refused(ErrorCode.FORBIDDEN, "not allowed here"))
             case _:
                 assert_never(record)
 
@@ -327,13 +427,14 @@ class Planner:
             members = groups.first_members(record)
             owned.adopt(members)
             plan.created.append((conversation, members))
+            plan.notices.append(notices.created(owned, owned.roster))
             self._answer(record, plan, owned)
         else:
             plan.created.append((conversation, []))
-            self._append_event(entry, record, owned, groups.created_event(record), plan, now_ms)
+            self._append_step(entry, record, owned, groups.created_event(record), plan, now_ms)
         self._conversations.put(owned)
 
-    def _append_event(
+    def _append_step(
         self,
         entry: Entry,
         record: records.GroupCommand,
@@ -342,30 +443,19 @@ class Planner:
         plan: Plan,
         now_ms: int,
     ) -> None:
-        """A membership change takes its place in the log, and the members change with it."""
-        content = codec.encode_value(event).decode()
+        """A step of the conversation's state takes its place in the log, and the state goes along."""
         before = owned.roster
-        draft = Draft(
-            SYSTEM_SENDER, owned.conversation_id, MessageType.SYSTEM, content, record.command_id, timestamp_ms=now_ms
-        )
-        message = self._append(entry, owned, plan, draft, now_ms)
-        _, projection = plan.projections.setdefault(owned.conversation_id, (owned, Projection()))
-        projection.add(event, owned.fold_event(event, owned.last), owned.last)
-        known = Known(entry.message_id, owned.last, owned.countable, owned.created_ms, 0)
-        plan.known[entry.key] = known
+        draft = _event_draft(event, owned, record.command_id, now_ms)
+        message, folded = self._append_event(entry, owned, event, draft, plan, now_ms)
         # Who was removed sees that it happened; who was added sees it as the first message.
-        roster = before if event.event in ("removed", "left") else owned.roster
-        plan.committed.append(Committed(message, roster, "", 0))
+        plan.committed.append(Committed(message, before if folded.left else owned.roster, "", 0))
+        plan.notices += notices.of_event(owned, event.event, folded)
         self._answer(record, plan, owned)
 
     @staticmethod
     def _answer(record: records.GroupCommand, plan: Plan, owned: Owned) -> None:
-        conversation = msgspec.structs.replace(
-            owned.conversation, participants=list(owned.roster), last_sequence_number=owned.last
-        )
-        plan.outcomes.append(
-            (record.instance, records.CommandOutcome(record.request, None, "", codec.encode_value(conversation)))
-        )
+        body = codec.encode_value(owned.shown())
+        plan.outcomes.append((record.instance, records.CommandOutcome(record.request, None, "", body)))
 
     @staticmethod
     def _refuse(record: records.GroupCommand, plan: Plan, refused: groups.Refused) -> None:
@@ -375,64 +465,59 @@ class Planner:
         )
 
 
-def _document(message: StoredMessage, draft: Draft, owned: Owned) -> dict[str, Any]:
-    """The `messages` document of a message that has just taken its place (see `models.MessageDocument`)."""
-    document = {
-        "_id": message.message_id,
-        "idempotency_key": draft.key,
-        "conversation_id": message.conversation_id,
-        "sequence_number": message.sequence_number,
-        "sender_id": draft.sender_id,
-        "receiver_id": draft.receiver_id,
-        "type": draft.message_type.value,
-        "content": draft.content,
-        "timestamp": message.timestamp,
-        "status": "sent",
-        "created_at": message.created_at,
-        "digest": owned.digest,
-        "countable": owned.countable,
-    }
-    if draft.media_url is not None:
-        document["media_url"] = draft.media_url
-    if draft.reply_to is not None:
-        document["reply_to_message_id"] = draft.reply_to
-    return document
+_NO_CONVERSATION = groups.Refused(ErrorCode.CONVERSATION_NOT_FOUND, "no such conversation")
+_OTHER_PAYLOAD = groups.Refused(ErrorCode.IDEMPOTENCY_CONFLICT, "this key was used for another message")
 
 
-def _fingerprint(record: records.SendMessage) -> int:
+def _event_draft(event: SystemEvent, owned: Owned, key: str, now_ms: int) -> Draft:
+    content = codec.encode_value(event).decode()
+    return Draft(
+        SYSTEM_SENDER,
+        owned.conversation_id,
+        MessageType.SYSTEM,
+        content,
+        content_hash(content),
+        key,
+        now_ms,
+    )
+
+
+def _status(owned: Owned, sender_id: str, sequence: int) -> MessageStatus:
+    """How far the others are, as a sender may know it."""
+    return message_status(
+        sequence, [member.shown_marks() for member in owned.members.values() if member.user_id != sender_id]
+    )
+
+
+def _fingerprint(record: records.SendMessage, hashed: bytes, has_media: bool = True) -> int:
     """Hash of what makes two payloads under one key the same (see `store.messages.fingerprint`)."""
-    return hash((record.content, record.message_type.value, record.media_url, record.reply_to_message_id))
+    media = record.media_url if has_media else None
+    return hash((hashed, record.message_type.value, media, record.reply_to_message_id))
 
 
 def _check_addressing(
-    record: records.SendMessage, owned: Owned, join_seq: int, replies: dict[str, Place]
-) -> str | None:
-    """Does receiver_id fit the conversation, and is the reply target a visible message of it? A reason, or None."""
+    record: records.SendMessage, owned: Owned, join_seq: int, replies: dict[str, Place], plan: Plan
+) -> groups.Refused | None:
+    """Does receiver_id fit the conversation, and is the reply target a message of it that is there to be seen?"""
     receiver = record.receiver_id
     if receiver:
         if owned.is_group:
             if receiver != owned.conversation_id:
-                return "receiver_id of a group message is empty or the conversation"
+                return _unfit("receiver_id of a group message is empty or the conversation")
         elif receiver == record.sender_id or receiver not in owned.members:
-            return "receiver_id is not the other participant"
+            return _unfit("receiver_id is not the other participant")
     if record.reply_to_message_id is not None:
         target = replies.get(record.reply_to_message_id)
-        if target is None or target.conversation_id != owned.conversation_id or target.sequence_number < join_seq:
-            return "reply_to_message_id is not a message of this conversation"
+        if (
+            target is None
+            or target.conversation_id != owned.conversation_id
+            or target.sequence_number < join_seq
+            or not target.replyable
+            or record.reply_to_message_id in plan.deleted
+        ):
+            return _unfit("reply_to_message_id is not a message of this conversation")
     return None
 
 
-def _ack(record: records.SendMessage, known: Known, status: MessageStatus, duplicate: bool) -> records.Outcome:
-    frame = frames.MessageAck(
-        client_message_id=record.client_message_id,
-        payload=frames.MessageAckPayload(
-            message_id=known.message_id,
-            sequence_number=known.sequence_number,
-            status=status,
-            timestamp=known.created_ms,
-            conversation_id=record.conversation_id,
-            idempotency_key=record.idempotency_key,
-            duplicate=True if duplicate else msgspec.UNSET,
-        ),
-    )
-    return records.Outcome(record.connection, record.idempotency_key, codec.JSON.encode(frame))
+def _unfit(reason: str) -> groups.Refused:
+    return groups.Refused(ErrorCode.VALIDATION_FAILED, reason)

@@ -38,6 +38,7 @@ class Place(NamedTuple):
     conversation_id: str
     sequence_number: int
     countable: int
+    replyable: bool
 
 
 class RecentPlaces:
@@ -178,7 +179,7 @@ class Receipts:
         shard_of = {at.conversation_id: keys.shard_of(at.conversation_id, self._shards) for at in located.values()}
         await self._conversations.load(shard_of)
         for message_id, at in located.items():
-            self.recent.put(message_id, Place(at.conversation_id, at.sequence_number, at.countable))
+            self.recent.put(message_id, Place(at.conversation_id, at.sequence_number, at.countable, at.replyable))
 
     async def tell(self, down: Down, now_ms: int) -> None:
         """Add `receipt_update` frames for the authors concerned, and badges for the reader's other devices. Raises

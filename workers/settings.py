@@ -65,6 +65,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     rest_url: str = ""
     """Endpoint others reach this REST instance by; `http://host:port` when empty."""
     command_timeout_seconds: Annotated[float, Meta(gt=0, le=120)] = 10.0
+    edit_seconds: Annotated[int, Meta(ge=0, le=31_536_000)] = 86_400
+    """How long after it was committed a message can be edited."""
     """How long a REST request waits for the shard owner before it answers 503."""
     admin_token: str = ""
     jwt_private_key: str = ""

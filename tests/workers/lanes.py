@@ -37,6 +37,8 @@ class Yard:
         self.broker = broker
         self._last_down = b"0"
         self.down: list[records.DownItem] = []
+        self.updates: list[tuple[list[str], Any]] = []
+        """(users, payload) of the `conversation_update` frames about conversations, which nobody has to wait for."""
 
     async def open(self) -> None:
         await self.broker.agree_shards(SHARDS)
@@ -131,7 +133,19 @@ class Yard:
                     return found
                 for entry_id, payload in await self.broker.read_down(INSTANCE, self._last_down, 200):
                     self._last_down = entry_id
-                    self.down += codec.decode_down(payload)
+                    self._sort_in(codec.decode_down(payload))
+
+    def _sort_in(self, items: list[records.DownItem]) -> None:
+        for item in items:
+            payload = shown(item.frame) if isinstance(item, records.Notice) else None
+            if isinstance(item, records.Notice) and getattr(payload, "event", "read") in (
+                "created",
+                "updated",
+                "removed",
+            ):
+                self.updates.append((item.users, payload))
+            else:
+                self.down.append(item)
 
     async def acks(self, count: int) -> list[dict[str, Any]]:
         """Frames of the next outcomes, decoded loosely."""
@@ -145,10 +159,12 @@ class Yard:
 
 
 @asynccontextmanager
-async def run_lane(yard: Yard, shards: frozenset[int] = frozenset(range(SHARDS))) -> AsyncIterator[Lane]:
+async def run_lane(
+    yard: Yard, shards: frozenset[int] = frozenset(range(SHARDS)), edit_seconds: int = 3600
+) -> AsyncIterator[Lane]:
     """A lane at work on these shards until the block ends, then stopped cleanly."""
     registry = Registry(yard.broker)
-    lane = Lane(yard.store, yard.broker, registry, 500, SHARDS)
+    lane = Lane(yard.store, yard.broker, registry, 500, SHARDS, edit_seconds)
     stopping = anyio.Event()
     async with anyio.create_task_group() as group:
         group.start_soon(registry.run)
@@ -161,10 +177,10 @@ async def run_lane(yard: Yard, shards: frozenset[int] = frozenset(range(SHARDS))
 
 
 @asynccontextmanager
-async def crashing_lane(yard: Yard) -> AsyncIterator[Lane]:
+async def crashing_lane(yard: Yard, edit_seconds: int = 3600) -> AsyncIterator[Lane]:
     """A lane that is cut off where it stands when the block ends, as by kill -9."""
     registry = Registry(yard.broker)
-    lane = Lane(yard.store, yard.broker, registry, 500, SHARDS)
+    lane = Lane(yard.store, yard.broker, registry, 500, SHARDS, edit_seconds)
     async with anyio.create_task_group() as group:
         group.start_soon(registry.run)
         group.start_soon(lane.run, anyio.Event())

@@ -18,7 +18,7 @@ from protocol.models import (
     Role,
     to_document,
 )
-from workers.store.conversations import new_membership
+from workers.store.conversations import MemberChange, Projected, new_membership
 from workers.store.marks import HeadMark, Mark
 
 if TYPE_CHECKING:
@@ -106,13 +106,15 @@ class Log:
     async def join(self, user_id: str, join_seq: int) -> None:
         member = new_membership(self.conversation_id, user_id, Role.MEMBER, join_seq, self.countable)
         self.participants.append(user_id)
-        await self.store.conversations.apply(self.conversation_id, join_seq, self.participants, [member], [], [])
+        await self._project(join_seq, MemberChange(user_id, join_seq, member, {}))
 
     async def leave(self, user_id: str, leave_seq: int) -> None:
         self.participants.remove(user_id)
-        await self.store.conversations.apply(
-            self.conversation_id, leave_seq, self.participants, [], [(user_id, leave_seq)], []
-        )
+        await self._project(leave_seq, MemberChange(user_id, leave_seq, None, {"leave_seq": leave_seq}))
+
+    async def _project(self, sequence: int, change: MemberChange) -> None:
+        fields = {"participants": self.participants}
+        await self.store.conversations.apply([Projected(self.conversation_id, sequence, fields, [change], [])])
 
     async def expire_through(self, sequence: int) -> None:
         """What the retention does to the oldest messages."""

@@ -29,6 +29,7 @@ from pymongo.read_concern import ReadConcern
 from pymongo.write_concern import WriteConcern
 
 from workers.store.blocks import BlockStore
+from workers.store.changes import ChangeStore
 from workers.store.conversations import ConversationStore
 from workers.store.device_keys import DeviceKeyStore
 from workers.store.errors import StoreUnavailable, store_errors
@@ -83,6 +84,7 @@ class Store:
         self.conversations = ConversationStore(self.db)
         self.marks = MarkStore(self.db)
         self.users = UserStore(self.db)
+        self.changes = ChangeStore(self.db)
         self.blocks = BlockStore(self.db)
         self.device_keys = DeviceKeyStore(client, self.db)
         self.heads = HeadReader(client, self.db)

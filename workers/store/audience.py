@@ -12,9 +12,11 @@ import msgspec
 
 from protocol import watermarks
 from protocol.models import MessageStatus, StoredMessage
+from workers.store.changes import original_hash
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from datetime import datetime
 
 Document = dict[str, Any]
 
@@ -22,7 +24,8 @@ Document = dict[str, Any]
 class Audience:
     """The members a conversation has and had, seen from one of them."""
 
-    def __init__(self, viewer: Document, members: Sequence[Document]) -> None:
+    def __init__(self, viewer: Document, members: Sequence[Document], now: datetime) -> None:
+        self._now = now
         self._user_id: str = viewer["user_id"]
         self.first: int = viewer["join_seq"]
         """The first sequence the viewer may see."""
@@ -33,11 +36,12 @@ class Audience:
         self._least: dict[tuple[int, str], list[tuple[int, int]]] = {}
 
     @classmethod
-    def of(cls, user_id: str, members: Sequence[Document]) -> Audience | None:
-        """None where the user is not and never was among the members."""
+    def of(cls, user_id: str, members: Sequence[Document], now: datetime) -> Audience | None:
+        """None where the user is not and never was among the members. `now`: what has disappeared by then is not
+        shown."""
         for member in members:
             if member["user_id"] == user_id:
-                return cls(member, members)
+                return cls(member, members, now)
         return None
 
     def last(self, head: int) -> int:
@@ -45,13 +49,22 @@ class Audience:
         return watermarks.visible_range(self.first, self._leave_seq, head)[1]
 
     def show(self, document: Document) -> StoredMessage:
-        """The stored message for this viewer: computed status, the idempotency key for its sender only."""
+        """The stored message for this viewer: computed status, the idempotency key for its sender only, no content that
+        has disappeared or that the viewer has deleted, the target of a private deletion for its actor only."""
         shown = dict(document)
         sender_id = shown["sender_id"]
         shown["status"] = self._status(shown["sequence_number"], sender_id)
         if sender_id != self._user_id:
             shown.pop("idempotency_key", None)
-        # The model ignores what only the server reads (digest, countable).
+        if shown.get("hidden_for", self._user_id) != self._user_id:
+            shown.pop("target_message_id", None)
+        if self._user_id in shown.get("hidden_by", ()):
+            _veil(shown, shown["created_at"])
+        elif "expires_at" in shown and shown["expires_at"] <= self._now:
+            _veil(shown, shown["expires_at"])
+        if not shown.get("reactions", True):
+            del shown["reactions"]
+        # The model ignores what only the server reads (digest, countable, who has hidden it from themselves).
         return msgspec.convert(shown, StoredMessage)
 
     def _status(self, sequence: int, sender_id: str) -> MessageStatus:
@@ -66,13 +79,28 @@ class Audience:
         return watermarks.message_status(sequence, marks)
 
 
+def _veil(shown: Document, at: datetime) -> None:
+    """Leave its place and the hash of what it said first."""
+    shown["content_hash"] = original_hash(shown)
+    shown["content"] = ""
+    shown.setdefault("deleted_at", at)
+    for name in ("media_url", "reactions"):
+        shown.pop(name, None)
+
+
 def _end(member: Document) -> int:
     return int(member.get("leave_seq", 2**53))
 
 
+def _shown_marks(member: Document) -> tuple[int, int]:
+    """(delivered, read) as others may know them: who hides what it reads has got it, no more."""
+    delivered, read = member["delivered_seq"], member["read_seq"]
+    return (max(delivered, read), 0) if member.get("hide_reads") else (delivered, read)
+
+
 def _least_marks(members: Iterable[Document]) -> list[tuple[int, int]]:
     """The marks that decide for all of them: the least delivered and the least read; none for nobody."""
-    marks = [(member["delivered_seq"], member["read_seq"]) for member in members]
+    marks = [_shown_marks(member) for member in members]
     if not marks:
         return []
     return [(min(delivered for delivered, _ in marks), min(read for _, read in marks))]

@@ -10,9 +10,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pymongo import DESCENDING, ReplaceOne, UpdateOne
+from pymongo.errors import BulkWriteError
 
 from protocol.models import Conversation, ConversationType, Membership, Role, to_document
 from protocol.watermarks import NO_DIGEST
+from workers.store.changes import Effect, operations, original_hash
 from workers.store.errors import store_errors
 
 if TYPE_CHECKING:
@@ -25,12 +27,17 @@ Document = dict[str, Any]
 
 
 class TailMessage(NamedTuple):
-    """A committed message whose effects may not be in the projections yet."""
+    """A committed message whose effects may not be in the projections yet. `target_hash`: of a change, the hash of what
+    its target said first; "" where it names none."""
 
     sequence_number: int
     sender_id: str
     countable: int
     system_content: str | None
+    created_at: datetime
+    target_id: str
+    hidden_for: str
+    target_hash: str
 
 
 class Loaded(NamedTuple):
@@ -40,12 +47,45 @@ class Loaded(NamedTuple):
     membership_seq: int
     members: list[Membership]
     """Live ones only."""
+    banned: list[str]
     last: int
     digest: bytes
     countable: int
     last_created_at: datetime | None
     tail: list[TailMessage]
     """System messages after `membership_seq` and all messages after the flushed sequence, ascending."""
+
+
+class MemberChange(NamedTuple):
+    """What the projection changes in one membership: a new `stay` (None: the present one), and fields of it (None: gone
+    from it).
+
+    `sequence`: the last entry that touched it."""
+
+    user_id: str
+    sequence: int
+    stay: Membership | None
+    fields: Document
+
+
+class Projected(NamedTuple):
+    """What the system messages of one conversation through `membership_seq` have made of it. `fields`: of
+    `conversations` (None: gone from it)."""
+
+    conversation_id: str
+    membership_seq: int
+    fields: Document
+    members: list[MemberChange]
+    effects: list[Effect]
+
+
+class MemberSettings(NamedTuple):
+    """What an account's settings mean in one conversation; None: as it was."""
+
+    conversation_id: str
+    user_id: str
+    hide_reads: bool | None
+    blocks: bool | None
 
 
 class ConversationStore:
@@ -92,19 +132,20 @@ class ConversationStore:
                 clauses.append({"conversation_id": name, "sequence_number": {"$gt": membership_seq}, "type": "system"})
         tails: dict[str, dict[int, TailMessage]] = {}
         if clauses:
-            fields = {
-                "conversation_id": 1,
-                "sequence_number": 1,
-                "sender_id": 1,
-                "countable": 1,
-                "type": 1,
-                "content": 1,
-            }
-            async for message in self._messages.find({"$or": clauses}, fields):
+            found = await self._messages.find({"$or": clauses}, _TAIL_FIELDS).to_list()
+            hashes = await self._target_hashes(message["target_message_id"] for message in found if _is_change(message))
+            for message in found:
                 sequence = message["sequence_number"]
-                content = message["content"] if message["type"] == "system" else None
+                target_id = message.get("target_message_id", "")
                 tails.setdefault(message["conversation_id"], {})[sequence] = TailMessage(
-                    sequence, message["sender_id"], message["countable"], content
+                    sequence,
+                    message["sender_id"],
+                    message["countable"],
+                    message["content"] if message["type"] == "system" else None,
+                    message["created_at"],
+                    target_id,
+                    message.get("hidden_for", ""),
+                    hashes.get(target_id, ""),
                 )
         return {name: [tail[sequence] for sequence in sorted(tail)] for name, tail in tails.items()}
 
@@ -138,36 +179,55 @@ class ConversationStore:
             await self._sequences.bulk_write(sequences, ordered=False)
             await self._conversations.bulk_write(conversations, ordered=False)
 
-    async def apply(
-        self,
-        conversation_id: str,
-        membership_seq: int,
-        participants: Sequence[str],
-        joined: Iterable[Membership],
-        left: Iterable[tuple[str, int]],
-        roles: Iterable[tuple[str, Role]],
-    ) -> None:
-        """Write the projection of system messages through `membership_seq`: memberships first, then the mark that
-        they are written.
-        """
-        operations: list[ReplaceOne[Document] | UpdateOne] = [
-            ReplaceOne({"_id": m.membership_id}, to_document(m), upsert=True) for m in joined
-        ]
-        operations += [
-            UpdateOne({"_id": f"{conversation_id}:{user_id}"}, {"$set": {"leave_seq": leave_seq}})
-            for user_id, leave_seq in left
-        ]
-        operations += [
-            UpdateOne({"_id": f"{conversation_id}:{user_id}"}, {"$set": {"role": role.value}})
-            for user_id, role in roles
+    async def _target_hashes(self, message_ids: Iterable[str]) -> dict[str, str]:
+        ids = list(set(message_ids))
+        if not ids:
+            return {}
+        targets = self._messages.find({"_id": {"$in": ids}}, {"content": 1, "content_hash": 1})
+        return {document["_id"]: original_hash(document) async for document in targets}
+
+    async def apply(self, projected: Sequence[Projected]) -> None:
+        """Write what system messages have changed: messages and memberships first, then the mark that they are
+        written. Raises StoreUnavailable; safe to repeat, and for an owner that comes too late."""
+        effects = [operation for one in projected for effect in one.effects for operation in operations(effect)]
+        members = [_member_change(one.conversation_id, change) for one in projected for change in one.members]
+        marks = [
+            UpdateOne(
+                {"_id": one.conversation_id, "membership_seq": {"$lt": one.membership_seq}},
+                _set_or_unset(one.fields | {"membership_seq": one.membership_seq}),
+            )
+            for one in projected
         ]
         with store_errors():
-            if operations:
-                await self._memberships.bulk_write(operations, ordered=True)
-            await self._conversations.update_one(
-                {"_id": conversation_id, "membership_seq": {"$lt": membership_seq}},
-                {"$set": {"participants": list(participants), "membership_seq": membership_seq}},
+            if effects:
+                await self._messages.bulk_write(effects, ordered=True)
+            if members:
+                try:
+                    await self._memberships.bulk_write(members, ordered=False)
+                except BulkWriteError as error:
+                    # A stay that is not older is there already: the filter left it alone, and so the upsert met it.
+                    if error.details["writeConcernErrors"] or any(
+                        item["code"] != _DUPLICATE_KEY for item in error.details["writeErrors"]
+                    ):
+                        raise
+            if marks:
+                await self._conversations.bulk_write(marks, ordered=False)
+
+    async def set_members(self, settings: Iterable[MemberSettings]) -> None:
+        """Write what accounts' settings mean for these live memberships. Raises StoreUnavailable."""
+        changes = [
+            UpdateOne(
+                {"_id": f"{one.conversation_id}:{one.user_id}", "leave_seq": {"$exists": False}},
+                _set_or_unset(
+                    {name: value or None for name, value in one._asdict().items() if isinstance(value, bool)}
+                ),
             )
+            for one in settings
+            if one.hide_reads is not None or one.blocks is not None
+        ]
+        if changes:
+            with store_errors():
+                await self._memberships.bulk_write(changes, ordered=True)
 
 
 def heads_pipeline(conversation_ids: list[str]) -> list[Document]:
@@ -193,6 +253,47 @@ def heads_pipeline(conversation_ids: list[str]) -> list[Document]:
     ]
 
 
+_TAIL_FIELDS = dict.fromkeys(
+    (
+        "conversation_id",
+        "sequence_number",
+        "sender_id",
+        "countable",
+        "type",
+        "content",
+        "created_at",
+        "target_message_id",
+        "hidden_for",
+    ),
+    1,
+)
+_DUPLICATE_KEY = 11000
+
+
+def _is_change(message: Document) -> bool:
+    return message["type"] == "system" and "target_message_id" in message
+
+
+def _set_or_unset(fields: Document) -> Document:
+    """The update that gives a document these fields, and takes those from it that are None."""
+    update: Document = {}
+    for name, value in fields.items():
+        if value is None:
+            update.setdefault("$unset", {})[name] = ""
+        else:
+            update.setdefault("$set", {})[name] = value
+    return update
+
+
+def _member_change(conversation_id: str, change: MemberChange) -> ReplaceOne[Document] | UpdateOne:
+    wanted = {"_id": f"{conversation_id}:{change.user_id}", "changed_seq": {"$not": {"$gte": change.sequence}}}
+    if change.stay is not None:
+        fields = {name: value for name, value in change.fields.items() if value is not None}
+        document = to_document(change.stay) | fields | {"changed_seq": change.sequence}
+        return ReplaceOne(wanted, document, upsert=True)
+    return UpdateOne(wanted, _set_or_unset(change.fields | {"changed_seq": change.sequence}))
+
+
 _ESCAPES = (("%", "%25"), (".", "%2E"), ("$", "%24"))
 
 
@@ -210,6 +311,10 @@ def unescape_device(field: str) -> str:
     return field
 
 
+_OPTIONAL_OF_MEMBER = ("leave_seq", "silenced_until", "hide_reads", "blocks")
+_OPTIONAL_OF_CONVERSATION = ("last_message_at", "title", "disappearing_seconds")
+
+
 def membership_of(document: Document) -> Membership:
     """A `memberships` document with its device ids as clients know them."""
     devices = {unescape_device(field): sequence for field, sequence in document.get("devices", {}).items()}
@@ -223,7 +328,7 @@ def membership_of(document: Document) -> Membership:
         read_seq=document["read_seq"],
         read_countable=document["read_countable"],
         devices=devices,
-        **({"leave_seq": document["leave_seq"]} if "leave_seq" in document else {}),
+        **{name: document[name] for name in _OPTIONAL_OF_MEMBER if name in document},
     )
 
 
@@ -237,7 +342,7 @@ def conversation_of(document: Document) -> Conversation:
         participants=document["participants"],
         last_sequence_number=document["last_sequence_number"],
         created_at=document["created_at"],
-        **({"last_message_at": document["last_message_at"]} if "last_message_at" in document else {}),
+        **{name: document[name] for name in _OPTIONAL_OF_CONVERSATION if name in document},
     )
 
 
@@ -276,6 +381,7 @@ def _loaded(
         conversation=conversation_of(document),
         membership_seq=document.get("membership_seq", 0),
         members=members,
+        banned=document.get("banned", []),
         last=at["sequence_number"] if head else at.get("last_sequence_number", 0),
         digest=at.get("digest", NO_DIGEST),
         countable=at.get("countable", 0),

@@ -43,6 +43,16 @@ def index_models(retention_days: int) -> dict[str, list[IndexModel]]:
                 name=SYSTEM_INDEX,
                 partialFilterExpression={"type": "system"},
             ),
+            IndexModel(
+                [("target_message_id", ASCENDING)],
+                name="target_message",
+                partialFilterExpression={"target_message_id": {"$exists": True}},
+            ),
+            IndexModel(
+                [("erase_at", ASCENDING)],
+                name="disappearing",
+                partialFilterExpression={"erase_at": {"$exists": True}},
+            ),
         ],
         "conversations": [
             IndexModel([("user_id", ASCENDING), ("agent_id", ASCENDING)], name="user_agent"),

@@ -6,6 +6,7 @@ messages have expired; so what is missing in front of the first entry found is g
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
@@ -29,7 +30,7 @@ SPAN: Final = 500
 """Longest range of one `retransmit` (protocol.md)."""
 _END: Final = 2**53
 """Greater than any sequence (`protocol.models.Sequence`)."""
-_MARKS: Final = {"_id": 0, "user_id": 1, "join_seq": 1, "leave_seq": 1, "delivered_seq": 1, "read_seq": 1}
+_MARKS: Final = dict.fromkeys(("user_id", "join_seq", "leave_seq", "delivered_seq", "read_seq", "hide_reads"), 1)
 
 
 class NotVisible(msgspec.Struct, frozen=True):
@@ -170,7 +171,7 @@ class LogReader:
 
     async def _audience(self, user_id: str, conversation_id: str) -> Audience | None:
         members = await self._memberships.find({"conversation_id": conversation_id}, _MARKS).to_list()
-        return Audience.of(user_id, members)
+        return Audience.of(user_id, members, datetime.now(UTC))
 
     async def _read(
         self, conversation_id: str, low: int, high: int, limit: int, *, backwards: bool = False

@@ -15,6 +15,7 @@ from pymongo import WriteConcern
 from pymongo.errors import BulkWriteError, InvalidOperation, PyMongoError
 
 from protocol.models import MessageStatus
+from workers.store.changes import original_hash
 from workers.store.errors import StoreUnavailable, store_errors
 
 if TYPE_CHECKING:
@@ -26,6 +27,11 @@ Document = dict[str, Any]
 Key = tuple[str, str, str]
 """(conversation_id, sender_id, idempotency_key)"""
 
+Fingerprint = tuple[bytes, str, str | None, str | None]
+"""(content hash, type, media, reply target)"""
+
+_CHANGED = frozenset(("edited_at", "deleted_at", "expires_at"))
+"""With one of these a message may no longer say what its sender's record says."""
 _UNKNOWN_CODES = frozenset((6, 7, 50, 64, 89, 91, 112, 189, 262, 10107, 11600, 11602, 13435, 13436))
 """HostUnreachable … NotPrimaryOrSecondary: the outcome is not known (mongo's error_codes.yml)."""
 _DUPLICATE_KEY = 11000
@@ -54,13 +60,15 @@ class DocumentRefused(Exception):
 
 
 class Found(NamedTuple):
-    """A committed message found by its key."""
+    """A committed message found by its key. `as_sent`: it still says what it said. `deleted`: its media is gone too."""
 
     message_id: str
     sequence_number: int
     countable: int
     created_at: datetime
-    fingerprint: tuple[str, str, str | None, str | None]
+    fingerprint: Fingerprint
+    as_sent: bool
+    deleted: bool
 
 
 class Located(NamedTuple):
@@ -70,6 +78,8 @@ class Located(NamedTuple):
     sequence_number: int
     countable: int
     sender_id: str
+    replyable: bool
+    """Neither a system message nor deleted."""
 
 
 class MessageStore:
@@ -119,12 +129,21 @@ class MessageStore:
                     document["countable"],
                     document["created_at"],
                     fingerprint(document),
+                    as_sent=not _CHANGED & document.keys(),
+                    deleted="deleted_at" in document,
                 )
         return found
 
     async def locate(self, message_ids: Sequence[str]) -> dict[str, Located]:
         """Where these messages lie; unknown ids are left out."""
-        fields = {"conversation_id": 1, "sequence_number": 1, "countable": 1, "sender_id": 1}
+        fields = {
+            "conversation_id": 1,
+            "sequence_number": 1,
+            "countable": 1,
+            "sender_id": 1,
+            "type": 1,
+            "deleted_at": 1,
+        }
         with store_errors():
             return {
                 document["_id"]: Located(
@@ -132,17 +151,21 @@ class MessageStore:
                     document["sequence_number"],
                     document["countable"],
                     document["sender_id"],
+                    document["type"] != "system" and "deleted_at" not in document,
                 )
                 async for document in self._messages.find({"_id": {"$in": list(message_ids)}}, fields)
             }
 
-    async def senders(self, conversation_id: str, after: int, through: int) -> set[str]:
-        """Who wrote the messages in (after, through]."""
+    async def authors(self, conversation_id: str, after: int, through: int) -> list[tuple[int, str]]:
+        """(sequence, sender) of the messages in (after, through], newest first."""
+        wanted = {"conversation_id": conversation_id, "sequence_number": {"$gt": after, "$lte": through}}
+        fields = {"_id": 0, "sequence_number": 1, "sender_id": 1}
+        order = [("conversation_id", -1), ("sequence_number", -1)]
         with store_errors():
-            names = await self._messages.distinct(
-                "sender_id", {"conversation_id": conversation_id, "sequence_number": {"$gt": after, "$lte": through}}
-            )
-        return set(names)
+            return [
+                (document["sequence_number"], document["sender_id"])
+                async for document in self._messages.find(wanted, fields, sort=order)
+            ]
 
     async def remember_keys(self, records: Sequence[tuple[Key, str, datetime]]) -> None:
         """Write `idempotency_keys` for committed messages. A record of them, never asked: the message index answers."""
@@ -166,10 +189,11 @@ class MessageStore:
             await self._dead_letters.update_one({"_id": dead_letter_id}, {"$setOnInsert": entry}, upsert=True)
 
 
-def fingerprint(document: Document) -> tuple[str, str, str | None, str | None]:
-    """What makes two payloads under one key the same: content, type, media and reply target. Not the client's clock."""
+def fingerprint(document: Document) -> Fingerprint:
+    """What makes two payloads under one key the same: what it said first, type, media and reply target. Not the
+    client's clock. A deleted message has no media."""
     return (
-        document["content"],
+        bytes.fromhex(original_hash(document)),
         document["type"],
         document.get("media_url"),
         document.get("reply_to_message_id"),

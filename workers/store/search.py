@@ -136,7 +136,7 @@ class SearchReader:
         """How those stand to a message who, besides its author, could see it; for the author only. By id."""
         with store_errors():
             members = await self._memberships.find({"conversation_id": conversation_id}).to_list()
-            audience = Audience.of(user_id, members)
+            audience = Audience.of(user_id, members, datetime.now(UTC))
             if audience is None:
                 return NotVisible()
             document = await self._messages.find_one({"_id": message_id, "conversation_id": conversation_id})
@@ -202,7 +202,7 @@ class SearchReader:
         members: dict[str, list[Document]] = {name: [] for name in names}
         async for member in self._memberships.find({"conversation_id": {"$in": names}}):
             members[member["conversation_id"]].append(member)
-        found = {name: Audience.of(user_id, members[name]) for name in names}
+        found = {name: Audience.of(user_id, members[name], datetime.now(UTC)) for name in names}
         return {name: audience for name, audience in found.items() if audience is not None}
 
     async def _joined(self, user_id: str) -> list[tuple[str, int]]:
