@@ -13,6 +13,7 @@ import httpx2
 import msgspec
 
 from protocol.errors import ErrorCode
+from protocol.models import Role, StoredMessage
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -90,6 +91,56 @@ class HttpApi:
         answer = await self.call("DELETE", f"/v1/conversations/{conversation_id}/participants/{user_id}", token)
         return answer if isinstance(answer, Refusal) else None
 
+    async def rename(self, conversation_id: str, title: str, token: str) -> Refusal | None:
+        """None: that is its title. Raises ApiError, as all of these do."""
+        return await self._change("PATCH", f"/v1/conversations/{conversation_id}", token, {"title": title})
+
+    async def set_role(self, conversation_id: str, user_id: str, role: Role, token: str) -> Refusal | None:
+        """None: that is the role."""
+        path = f"/v1/conversations/{conversation_id}/participants/{user_id}"
+        return await self._change("PATCH", path, token, {"role": role.value})
+
+    async def silence(self, conversation_id: str, user_id: str, until: str | None, token: str) -> Refusal | None:
+        """None: the member is silenced until then (RFC 3339), or may speak again."""
+        path = f"/v1/conversations/{conversation_id}/participants/{user_id}"
+        return await self._change("PATCH", path, token, {"silenced_until": until})
+
+    async def ban(self, conversation_id: str, user_id: str, token: str) -> Refusal | None:
+        """None: the user is out and stays out."""
+        return await self._change("PUT", f"/v1/conversations/{conversation_id}/bans/{user_id}", token)
+
+    async def unban(self, conversation_id: str, user_id: str, token: str) -> Refusal | None:
+        """None: the user may be added again."""
+        return await self._change("DELETE", f"/v1/conversations/{conversation_id}/bans/{user_id}", token)
+
+    async def arrange(self, conversation_id: str, settings: dict[str, object], token: str) -> Refusal | None:
+        """None: the caller's own settings (archived, pinned, muted_until) are these."""
+        return await self._change("PATCH", f"/v1/conversations/{conversation_id}/settings", token, settings)
+
+    async def _change(self, method: str, path: str, token: str, body: object = None) -> Refusal | None:
+        answer = await self.call(method, path, token, body)
+        return answer if isinstance(answer, Refusal) else None
+
+    async def overview(self, conversation_id: str, token: str) -> dict[str, Any]:
+        """The conversation as the caller sees it. Raises ApiError, also where the caller is not in it."""
+        return await self._demand("GET", f"/v1/conversations/{conversation_id}", token)
+
+    async def items(self, path: str, token: str) -> list[dict[str, Any]]:
+        """All items of a list, page by page. Raises ApiError."""
+        items: list[dict[str, Any]] = []
+        cursor = ""
+        while True:
+            page = await self._demand("GET", f"{path}?limit=100{cursor}", token)
+            items += page["items"]
+            if page["next_cursor"] is None:
+                return items
+            cursor = f"&cursor={page['next_cursor']}"
+
+    async def last_messages(self, conversation_id: str, token: str) -> list[StoredMessage]:
+        """The newest 100 at most that the caller may see, newest first. Raises ApiError."""
+        page = await self._demand("GET", f"/v1/conversations/{conversation_id}/messages?limit=100", token)
+        return msgspec.convert(page["items"], list[StoredMessage])
+
     async def call(self, method: str, path: str, token: str, body: object = None) -> dict[str, Any] | Refusal:
         """The answer's object ({} where it has no body), or the refusal.
 
@@ -109,7 +160,7 @@ class HttpApi:
                     return _read(method, path, answer)
             attempt += 1
 
-    async def _demand(self, method: str, path: str, token: str, body: object) -> dict[str, Any]:
+    async def _demand(self, method: str, path: str, token: str, body: object = None) -> dict[str, Any]:
         answer = await self.call(method, path, token, body)
         if isinstance(answer, Refusal):
             raise ApiError(f"{method} {path}: {answer.status} {answer.code.value} {answer.message}")

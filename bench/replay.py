@@ -1,7 +1,8 @@
 """`python -m bench replay DIR`: real chat logs as groups on a real system, and a verdict on every single message.
 
 One group per log, one connection per nickname; answers, joins, leaves, the cap of 100 and people who go offline and
-come back are in it. Exit status 1 on any violation.
+come back are in it; and, unless told otherwise, edits, deletions, reactions, roles, silences, bans and own settings.
+Exit status 1 on any violation.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from rich.table import Table
 
 from bench import figures
 from bench.http_api import ApiError, HttpApi
+from bench.inspection import inspect
 from bench.ledger import Ledger
+from bench.pastimes import PastimeCounts, Shares
 from bench.phone import FrameCache, PhoneError
 from bench.room import CATCH_UP_SECONDS, Resources, Room, RoomCounts, RoomError
 from bench.services import ServicesError
@@ -45,7 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gateways", type=int, default=1, help="gateway processes of the own system")
     parser.add_argument("--transport", choices=("epoll", "trio-websocket"), default="epoll")
     parser.add_argument("--logs", type=int, default=None, help="only the first so many logs")
-    parser.add_argument("--seed", type=int, default=1, help="of who goes offline when")
+    parser.add_argument("--seed", type=int, default=1, help="of who goes offline when, and of who does what else")
+    parser.add_argument("--plain", action="store_true", help="people only talk, come and go")
+    for name, share in msgspec.structs.asdict(Shares()).items():
+        parser.add_argument(f"--{name}", type=_share, default=share, metavar="SHARE", help=f"per message ({share})")
     parser.add_argument("--data-dir", type=Path, help="keep data and logs of the own system there")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
 
@@ -57,6 +63,13 @@ def _speed(text: str) -> float | None:
     if not speed > 0:
         raise argparse.ArgumentTypeError("a speed is a positive number or max")
     return speed
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError("a share is from 0 to 1")
+    return share
 
 
 def main(args: argparse.Namespace) -> int:
@@ -73,7 +86,8 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _run(stack: Stack, transcripts: Sequence[Transcript], args: argparse.Namespace) -> int:
-    replay = Replay(stack, transcripts, args.speed, args.seed)
+    shares = None if args.plain else Shares(**{name: getattr(args, name) for name in Shares.__struct_fields__})
+    replay = Replay(stack, transcripts, args.speed, args.seed, shares)
     trio.run(replay.run)
     report = replay.report()
     show_rooms(replay.rooms)
@@ -86,12 +100,20 @@ def _run(stack: Stack, transcripts: Sequence[Transcript], args: argparse.Namespa
 class Replay:
     """One run over all logs. `run` plays, `report` tells."""
 
-    def __init__(self, stack: Stack, transcripts: Sequence[Transcript], speed: float | None, seed: int) -> None:
+    def __init__(
+        self,
+        stack: Stack,
+        transcripts: Sequence[Transcript],
+        speed: float | None,
+        seed: int,
+        shares: Shares | None = None,
+    ) -> None:
         self.rooms: list[Room] = []
         self._stack = stack
         self._transcripts = transcripts
         self._speed = speed
         self._seed = seed
+        self._shares = shares
         self._ledger = Ledger()
         self._ack_latency = figures.Latencies()
         self._lateness = figures.Latencies()
@@ -131,6 +153,7 @@ class Replay:
                 self._lateness,
                 self._seed,
                 self._speed,
+                self._shares,
             )
             self.rooms = [Room(transcript, shared) for transcript in self._transcripts]
             async with trio.open_nursery() as phones:
@@ -148,6 +171,8 @@ class Replay:
                             nursery.start_soon(room.catch_up)
                     self._seconds = trio.current_time() - started_at
                     self._cpu_seconds = self._cpu.used_seconds()
+                    for room in self.rooms:
+                        room.violations += await inspect(room)
                     phones.cancel_scope.cancel()
 
     async def _show_progress(self, progress: Progress) -> None:
@@ -168,9 +193,7 @@ class Replay:
         if len(violations) > SHOWN_VIOLATIONS:
             violations = [*violations[:SHOWN_VIOLATIONS], f"and {len(violations) - SHOWN_VIOLATIONS} more"]
         rooms = {room.transcript.name: msgspec.structs.asdict(room.counts) for room in self.rooms}
-        totals = {
-            field: sum(getattr(room.counts, field) for room in self.rooms) for field in RoomCounts.__struct_fields__
-        }
+        totals = _total([room.counts for room in self.rooms], RoomCounts)
         phones = [phone for room in self.rooms for phone in room.phones if phone.client.connection]
         counts = self._ledger.counts
         return {
@@ -179,6 +202,9 @@ class Replay:
             "speed": self._speed or "max",
             "users": len(phones),
             "events": totals,
+            "pastimes": _total(
+                [room.pastimes.counts for room in self.rooms if room.pastimes is not None], PastimeCounts
+            ),
             "acked": counts["acked"] + counts["duplicate_acks"],
             "delivered": counts["pushed"],
             "deliveries_per_second": round(counts["pushed"] / self._seconds) if self._seconds else 0,
@@ -196,6 +222,10 @@ class Replay:
             "rooms": rooms,
             "verdict": figures.verdict(violations),
         }
+
+
+def _total(structs: Sequence[msgspec.Struct], kind: type[msgspec.Struct]) -> dict[str, int]:
+    return {field: sum(getattr(struct, field) for struct in structs) for field in kind.__struct_fields__}
 
 
 def _leaves(group: BaseExceptionGroup[Any]) -> list[BaseException]:

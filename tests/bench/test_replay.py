@@ -10,6 +10,7 @@ import trio
 
 from bench.http_api import HttpApi, Refusal
 from bench.ledger import Ledger
+from bench.pastimes import PastimeCounts, Shares
 from bench.phone import Phone, PhoneError
 from bench.replay import Replay
 from bench.stack import Stack, StackError, run_stack
@@ -47,6 +48,10 @@ def stack(services: Services) -> Iterator[Stack]:
         yield running
 
 
+CHANCES = ("too_late", "unbanned")
+"""Who is banned mostly comes back before the ban would have ended."""
+
+
 def _alive(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists()
 
@@ -60,6 +65,18 @@ def test_a_small_log_ends_with_ok(stack: Stack) -> None:
     assert report["events"]["answers"] == 1
     assert report["events"]["answers_unlinked"] == 1  # bert answers what was said before he came
     assert report["events"]["left"] == 1
+
+
+def test_a_log_with_everything_people_do_ends_with_ok(stack: Stack) -> None:
+    often = Shares(edits=0.2, deletions=0.1, reactions=0.5, admin=0.3, settings=0.1, churn=0.1)
+    lines = [f"[10:{minute % 60:02}] <{'abcdefgh'[minute % 8]}> line {minute}\n" for minute in range(160)]
+    replay = Replay(stack, [parse("busy", "".join(lines))], None, seed=5, shares=often)
+    trio.run(replay.run)
+    report = replay.report()
+    assert report["verdict"] == "ok"
+    assert report["events"]["refused_muted"] > 0
+    assert report["events"]["refused_banned"] > 0
+    assert min(report["pastimes"][name] for name in PastimeCounts.__struct_fields__ if name not in CHANCES) > 0
 
 
 def test_a_phone_gets_what_was_said_while_it_was_away(stack: Stack) -> None:
