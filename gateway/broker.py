@@ -1,8 +1,9 @@
 """The seam between the gateway and Redis, and its Redis side.
 
 The hub calls `Broker` to hand messages, receipts, queries and registrations over; the broker calls its `Receiver`, the
-hub, with what comes back on this instance's own stream and with what could not be handed over. Two wires carry all of
-it: one for commands, one that only ever waits on `down:{instance}`. Nothing here knows a socket or a session.
+hub, with what comes back on this instance's own stream and with what could not be handed over. Three wires carry all of
+it: one for commands, one that only ever waits on `down:{instance}`, one for channels (`subscriptions.py`). Nothing here
+knows a socket or a session.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import trio
 
 from gateway.receipts import Mark, ReceiptCollector
 from gateway.registry import Attachment, RegistryScripts
+from gateway.subscriptions import Listener, Subscriptions
 from gateway.wire import Address, ReplyFailed, Wire, WireError, WireFull, is_out_of_memory, pack
 from protocol import keys, records
 from protocol.codec import (
@@ -43,16 +45,15 @@ _TRIM_SECONDS: Final = 0.5
 _RECEIPT_FLUSH_SECONDS: Final = 0.02
 _BACKLOG_SECONDS: Final = 0.25
 """Between two looks at the shards' lengths (reliability.md section 10.5): 64 XLEN cost about 0.3 ms."""
-_RENEW_SECONDS: Final = 5.0
-_BURY_EVERY: Final = 12
-"""Renewals between two looks for dead instances: once a minute."""
+_RENEW_SECONDS: Final = 2.5
+"""Four renewals within the lease's 10 s. Whoever's lease has ended is buried by a worker: its users are offline."""
 _PENDING_DETACHES: Final = 100_000
 """Detachments kept while Redis is away; past it the entries' own lifetime ends them."""
 _QUERY_MAXLEN: Final = 10_000
 """A lost query is asked again, so its stream may be capped (protocol/keys.py)."""
 
 
-class Receiver(Protocol):
+class Receiver(Listener, Protocol):
     """What the broker calls: the hub. No method awaits or raises."""
 
     def route(self, items: Sequence[records.DownItem]) -> None:
@@ -86,7 +87,13 @@ class Broker(Protocol):
         """Append to the conversation's shard, unless that is not possible now."""
 
     def ask(self, query: records.Query) -> ErrorCode | None:
-        """Hand a query to any worker. An error code at once, or later by `Receiver.query_failed`."""
+        """Hand a query to any worker. An error code at once, or later by `Receiver.query_failed`.
+
+        That of a watcher waits until the channels of its people are heard; after a gap it is lost.
+        """
+
+    def watch(self, user_id: str) -> None:
+        """This person's first watcher came, or the last one went."""
 
     def acknowledge(self, mark: Mark) -> None:
         """Collect a receipt."""
@@ -135,6 +142,7 @@ class RedisBroker:
             on_connected=self._connected,
         )
         self.down = Wire(address, "down", max_outstanding=4, deadline_seconds=_BLOCK_MS / 1000 + deadline_seconds)
+        self.channels = Subscriptions(address, deadline_seconds, self._ask_now)
         self.receipts = ReceiptCollector(shards, max_receipts)
         self.draining = False
         self.undecodable = 0
@@ -186,8 +194,18 @@ class RedisBroker:
         if type(reply) is not bytes:
             self._receiver.publish_failed(record.connection, record.idempotency_key, _code_of(reply))
 
+    def watch(self, user_id: str) -> None:
+        """See `Broker.watch`."""
+        self.channels.person_changed(user_id)
+
     def ask(self, query: records.Query) -> ErrorCode | None:
         """See `Broker.ask`."""
+        if isinstance(query, records.PresenceQuery):
+            self.channels.ask_when_heard(query)
+            return None
+        return self._ask_now(query)
+
+    def _ask_now(self, query: records.Query) -> ErrorCode | None:
         payload = encode_record(query)
         try:
             self.commands.post(b"%b%d\r\n%b\r\n" % (self._query_prefix, len(payload), payload), self._asked, query)
@@ -207,6 +225,7 @@ class RedisBroker:
     def attach(self, attachment: Attachment) -> None:
         """See `Broker.attach`. Where it fails, the query that follows fails with it, and so does the session."""
         self._detaches.pop((attachment.user_id, attachment.device_id), None)
+        self.channels.user_changed(attachment.user_id)
         self._post_unless_down(self._registry.attach(attachment), self._attached)
 
     def _attached(self, _context: object, reply: Any) -> None:
@@ -226,6 +245,7 @@ class RedisBroker:
 
     def detach(self, attachment: Attachment) -> None:
         """See `Broker.detach`. Kept until Redis has taken it."""
+        self.channels.user_changed(attachment.user_id)
         packed = self._registry.detach(attachment, self._wall_ms())
         try:
             self.commands.post(packed, self._detached, attachment)
@@ -298,6 +318,7 @@ class RedisBroker:
         conditions = {
             "redis_commands": self.commands.connected,
             "redis_down": self.down.connected,
+            "redis_channels": self.channels.wire.connected,
             "instance": self._established and self._leased,
         }
         return [name for name, met in conditions.items() if not met]
@@ -310,6 +331,7 @@ class RedisBroker:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.commands.run, name="redis-commands")
             nursery.start_soon(self.down.run, name="redis-down")
+            nursery.start_soon(self.channels.run, receiver, name="redis-channels")
             await nursery.start(self._keep_lease, name="instance-lease")
             nursery.start_soon(self._flush_receipts, name="receipts")
             nursery.start_soon(self._watch_backlog, name="backlog")
@@ -324,16 +346,12 @@ class RedisBroker:
 
     async def _keep_lease(self, *, task_status: trio.TaskStatus[None]) -> None:
         """Be known: shard count, down stream and lease, written again whenever Redis has forgotten them."""
-        renewals = 0
         known = False
         while True:
             await self.commands.wait_connected()
             self._renew_due = trio.Event()
             try:
                 known = await self._renew(known)
-                if renewals % _BURY_EVERY == 0:
-                    await self._bury_dead_instances()
-                renewals += 1
             except WireError as error:
                 self._leased = False
                 _log.warning("lease_not_renewed", reason=str(error))
@@ -386,16 +404,6 @@ class RedisBroker:
         before: bytes | None = await self.commands.call("SET", key, value, "EX", keys.INSTANCE_TTL_SECONDS, "GET")
         await self.commands.call("SADD", keys.INSTANCES, self._instance_id)
         return before
-
-    async def _bury_dead_instances(self) -> None:
-        """Forget instances without a lease, and their streams. One that merely slept writes both again when it
-        renews."""
-        for member in await self.commands.call("SMEMBERS", keys.INSTANCES):
-            instance_id = member.decode()
-            if not await self.commands.call("EXISTS", keys.instance(instance_id)):
-                await self.commands.call("SREM", keys.INSTANCES, instance_id)
-                await self.commands.call("DEL", keys.down(instance_id))
-                _log.info("instance_buried", instance=instance_id)
 
     def _retry_detaches(self) -> None:
         detaches, self._detaches = self._detaches, {}

@@ -133,6 +133,10 @@ class Connection:
             elif isinstance(command, commands.Ping):
                 if self.transport is not None:
                     self.transport.ping_nowait()
+            elif isinstance(command, commands.Watch):
+                hub.presence.watch(self, command.user_ids)
+            elif isinstance(command, commands.Unwatch):
+                hub.presence.unwatch(self, command.user_ids)
             elif isinstance(command, commands.Verify):
                 hub.verify(self, command.payload, now)
             elif isinstance(command, commands.Attach):

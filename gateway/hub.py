@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from itertools import count
+from functools import partial
+from itertools import chain, count
 from typing import TYPE_CHECKING, Final, assert_never
 
 import msgspec
@@ -17,8 +18,9 @@ import structlog
 
 from gateway.admission import Admission, Admitted, Refused
 from gateway.connection import Connection
+from gateway.presence import Presence
 from gateway.registry import Attachment
-from gateway.sweep import HeadSweep, RegistrySweep
+from gateway.sweep import HeadSweep, RegistrySweep, TokenSweep
 from gateway.timers import TimerWheel
 from gateway.transport import HttpAnswer, Outgoing, Transport
 from protocol import frames, keys, records
@@ -28,7 +30,7 @@ from protocol.limits import Limits, TokenBucket
 from protocol.session import Session
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
     from gateway.broker import Broker
     from protocol.commands import Command
@@ -57,6 +59,8 @@ class Counts(msgspec.Struct):
     replaced: int = 0
     migrated: int = 0
     """Clients let in by the session token of a `migration` frame."""
+    signals: int = 0
+    """Things said on the channels of users who are here."""
     isolated_errors: int = 0
     """Bugs that ended one connection instead of the process; must stay 0."""
 
@@ -92,6 +96,8 @@ class Hub:
         self.answer_http = pages
         self.heads = HeadSweep(self.users, instance_id)
         self.registry = RegistrySweep(self.users)
+        self.tokens = TokenSweep(self.users, instance_id)
+        self.presence = Presence(instance_id, broker, limits.watched_people)
         self._admission = admission
         self._limits = limits
         self._devices_per_user = devices_per_user
@@ -136,6 +142,9 @@ class Hub:
         attachment = connection.attachment
         if attachment is None:
             return
+        for record in connection.session.leave_typing():
+            self.broker.signal(record)
+        self.presence.forget(connection)
         rest = tuple(other for other in self.users.get(attachment.user_id, ()) if other is not connection)
         if rest:
             self.users[attachment.user_id] = rest
@@ -258,8 +267,9 @@ class Hub:
 
     def ask(self, connection: Connection, query: records.Query, now: float) -> None:
         """Hand a query to the workers, or answer at once."""
-        code = self.broker.ask(query)
-        if code is not None:
+        if isinstance(query, records.PresenceQuery):
+            self.presence.ask(query, now)
+        elif (code := self.broker.ask(query)) is not None:
             self._answer_lost_query(connection, query, code, now)
 
     def _answer_lost_query(self, connection: Connection, query: records.Query, code: ErrorCode, now: float) -> None:
@@ -311,7 +321,7 @@ class Hub:
 
     def query_failed(self, query: records.Query, code: ErrorCode) -> None:
         """See `Receiver.query_failed`."""
-        if isinstance(query, records.HeadsQuery):
+        if isinstance(query, records.HeadsQuery | records.PresenceQuery):
             return
         target = self._connections.get(query.connection)
         if target is not None:
@@ -322,6 +332,37 @@ class Hub:
         if forgotten:
             self.registry.hurry()
         self.heads.hurry()
+
+    @property
+    def watched(self) -> Collection[str]:
+        """See `Listener.watched`."""
+        return self.presence.people
+
+    def signalled(self, user_id: str, signal: records.UserSignal) -> None:
+        """See `Listener.signalled`."""
+        self.counts.signals += 1
+        frame = Outgoing(bytes(signal.frame)) if isinstance(signal, records.Tell) else None
+        for connection in self.users.get(user_id, ()):
+            session = connection.session
+            if signal.device_id not in ("", session.device_id):
+                continue
+            if frame is not None:
+                self._guard(connection, partial(connection.send, frame))
+            elif isinstance(signal, records.Revoked) and session.issued_ms < signal.before_ms:
+                self._guard(connection, partial(self._revoke, connection))
+
+    def _revoke(self, connection: Connection) -> None:
+        self.refusals[AuthErrorCode.REVOKED] += 1
+        connection.run(connection.session.refuse(AuthErrorCode.REVOKED), self._clock())
+
+    def presence_changed(self, user_id: str, change: records.PresenceChange) -> None:
+        """See `Listener.presence_changed`."""
+        self.presence.changed(user_id, change, self._clock())
+
+    def heard_again(self) -> None:
+        """See `Listener.heard_again`."""
+        self.presence.hurry()
+        self.tokens.hurry()
 
     def _guard(self, connection: Connection, step: Callable[[], None]) -> None:
         try:
@@ -348,6 +389,8 @@ class Hub:
                 self._route_notice(item)
             elif isinstance(item, records.HeadsAnswer):
                 self.heads.answered(item, now)
+            elif isinstance(item, records.PresenceAnswer):
+                self.presence.answered(item, now)
             elif not isinstance(item, records.CommandOutcome):
                 self._route_answer(item, now, wall_ms)
 
@@ -422,7 +465,8 @@ class Hub:
     def sweep(self, now: float) -> None:
         """Once a second: ask for heads, repair what stayed behind, keep the registry alive."""
         wall_ms = self.wall_ms()
-        for query in self.heads.due_queries(now):
+        queries: Iterator[records.Query] = chain(self.heads.due_queries(now), self.tokens.due())
+        for query in queries:
             self.broker.ask(query)
         for connection, conversation_id, head in self.heads.due_suspects(now):
             if connection.transport is not None and connection.session.head_seen(conversation_id, head):
@@ -431,6 +475,7 @@ class Hub:
                 self._guard(connection, lambda target=connection: self.pump(target, now, wall_ms))  # type: ignore[misc]
         for attachments in self.registry.due():
             self.broker.refresh(attachments)
+        self.presence.step(now)
         self.drop_idle_buckets(now)
 
     @property

@@ -55,7 +55,7 @@ class GatewayCollector(Collector):
         connects = CounterMetricFamily("gateway_redis_connects", "connections made to Redis", labels=["wire"])
         up = GaugeMetricFamily("gateway_redis_up", "1 while connected", labels=["wire"])
         outstanding = GaugeMetricFamily("gateway_redis_outstanding", "commands without an answer", labels=["wire"])
-        for wire in (self._broker.commands, self._broker.down):
+        for wire in (self._broker.commands, self._broker.down, self._broker.channels.wire):
             connects.add_metric([wire.name], wire.connects)
             up.add_metric([wire.name], float(wire.connected))
             outstanding.add_metric([wire.name], wire.outstanding)
@@ -83,10 +83,14 @@ class GatewayCollector(Collector):
         yield "receipts_unknown", "receipts for ids that are none of ours", receipts.unknown_ids
         yield "receipts_dropped", "receipts past the bound while Redis was away", receipts.dropped
         yield "down_undecodable", "down entries that could not be read", self._broker.undecodable
+        yield "signals", "things said on the channels of users", counts.signals
+        yield "presence_told", "presence frames to watchers", self._hub.presence.told
+        yield "channel_undecodable", "channel messages that were none of ours", self._broker.channels.undecodable
 
     def _gauges(self) -> Iterator[tuple[str, str, float]]:
         yield "connections", "sockets in hand, in any stage", self._transport.connections
         yield "users", "users with a live session here", len(self._hub.users)
+        yield "watched_people", "people whose presence somebody here watches", len(self._hub.presence.people)
         yield "in_flight", "messages without an outcome", self._hub.in_flight
         yield "receipts_waiting", "receipts not yet handed over", self._broker.receipts.waiting
         yield "backlog_entries", "greatest backlog of a shard, as of the last look", max(self._broker.backlog)

@@ -1,4 +1,4 @@
-"""Who is connected where, as all processes see it: `connection:{user}` and `presence:{user}` in Redis.
+"""Who is connected where, as all processes see it: `connection:{user}`, `presence:{user}`, `users:{instance}` in Redis.
 
 Called by `broker.py`. The three steps are Lua scripts, since each reads before it writes and gateways race for a
 device; the scripts lie in `lua/`, a function here for each. It never decides who may connect.
@@ -39,6 +39,7 @@ class RegistryScripts:
 
     def __init__(self, instance_id: str) -> None:
         self._instance_id = instance_id
+        self._users: Final = keys.users(instance_id)
         self._attach: Final = _script("attach")
         self._detach: Final = _script("detach")
         self._refresh: Final = _script("refresh")
@@ -57,14 +58,19 @@ class RegistryScripts:
         return pack(
             "EVAL",
             self._attach,
-            2,
+            4,
             keys.connection(attachment.user_id),
             keys.presence(attachment.user_id),
+            self._users,
+            keys.SEEN,
             attachment.device_id,
             self._entry(attachment),
             _presence(UserStatus.ONLINE, attachment.since_ms),
             keys.CONNECTION_TTL_SECONDS,
             keys.PRESENCE_TTL_SECONDS,
+            attachment.user_id,
+            attachment.since_ms,
+            keys.SEEN_LIMIT,
         )
 
     def detach(self, attachment: Attachment, wall_ms: int) -> bytes:
@@ -72,14 +78,19 @@ class RegistryScripts:
         return pack(
             "EVAL",
             self._detach,
-            2,
+            4,
             keys.connection(attachment.user_id),
             keys.presence(attachment.user_id),
+            self._users,
+            keys.SEEN,
             attachment.device_id,
             self._instance_id,
             str(attachment.connection),
             _presence(UserStatus.OFFLINE, wall_ms),
             keys.PRESENCE_TTL_SECONDS,
+            attachment.user_id,
+            wall_ms,
+            keys.SEEN_LIMIT,
         )
 
     def refresh(self, attachments: Sequence[Attachment], wall_ms: int) -> bytes:
@@ -91,12 +102,14 @@ class RegistryScripts:
         return pack(
             "EVAL",
             self._refresh,
-            2,
+            3,
             keys.connection(user_id),
             keys.presence(user_id),
+            self._users,
             _presence(UserStatus.ONLINE, wall_ms),
             keys.CONNECTION_TTL_SECONDS,
             keys.PRESENCE_TTL_SECONDS,
+            user_id,
             *fields,
         )
 

@@ -1,7 +1,7 @@
-"""What the gateway goes over again and again: heads (a push that vanished is repaired, contract C8) and the registry's
-lifetimes.
+"""What the gateway goes over again and again: heads (a push that vanished is repaired, contract C8), the registry's
+lifetimes, and tokens that may have been revoked while nobody could say so.
 
-Called by the hub once a second. Neither sweep writes to a connection; they say what is due.
+Called by the hub once a second. No sweep writes to a connection; they say what is due.
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ REGISTRY_PERIOD_SECONDS: Final = 100
 """Every user's keys once in this time: a third of the presence lifetime, so that two lost refreshes do no harm."""
 _HURRY_PER_SECOND: Final = 2500
 """Users registered per second after Redis forgot them: about 25 ms of work."""
+
+
+_TOKENS_PER_SECOND: Final = 500
+"""Sessions looked at per second after a gap: one indexed read each in a worker."""
 
 
 class HeadSweep:
@@ -108,3 +112,33 @@ class RegistrySweep:
             attachments = [c.attachment for c in self._users.get(user_id, ()) if c.attachment is not None]
             if attachments:
                 yield attachments
+
+
+class TokenSweep:
+    """Are the tokens of those who are here still good? Asked after a gap, in which a revocation may have been lost."""
+
+    def __init__(self, users: Mapping[str, tuple[Connection, ...]], instance_id: str) -> None:
+        self._users = users
+        self._instance_id = instance_id
+        self._round: list[str] = []
+
+    def hurry(self) -> None:
+        """Begin a round."""
+        self._round = list(self._users)
+
+    def due(self) -> Iterator[records.OpenQuery]:
+        """The questions of this second; only a refusal is answered."""
+        due = self._round[-_TOKENS_PER_SECOND:]
+        del self._round[-_TOKENS_PER_SECOND:]
+        for user_id in due:
+            for connection in self._users.get(user_id, ()):
+                session = connection.session
+                yield records.OpenQuery(
+                    self._instance_id,
+                    session.connection,
+                    user_id,
+                    session.device_id,
+                    {},
+                    session.issued_ms,
+                    is_check=True,
+                )

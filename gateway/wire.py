@@ -1,9 +1,9 @@
 """One Redis connection, multiplexed: RESP3 over a plain non-blocking socket, many commands in flight, replies in order.
 
-Called by `broker.py` and `registry.py`. The hot path posts commands whose bytes are already packed and gets each reply
-in a plain function call; the control plane awaits `call`. A writer task sends whatever was posted during one pass of
-the scheduler in one system call, a reader task hands the replies to their slots in order. A cancelled `call` leaves its
-slot behind as a tombstone, so no reply can ever reach another caller. This module knows no key and no record.
+Called by `broker.py` and `subscriptions.py`. The hot path posts commands whose bytes are already packed and gets each
+reply in a plain function call; the control plane awaits `call`. A writer task sends whatever was posted during one pass
+of the scheduler in one system call, a reader task hands the replies to their slots in order. A cancelled `call` leaves
+its slot behind as a tombstone, so no reply can ever reach another caller. This module knows no key and no record.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 from urllib.parse import unquote, urlsplit
 
@@ -124,9 +124,10 @@ class Wire:
         max_outstanding: int,
         deadline_seconds: float,
         on_connected: Callable[[dict[str, str]], None] | None = None,
+        on_push: Callable[[Sequence[Any]], None] | None = None,
     ) -> None:
         """`on_connected` gets the fields of INFO server and memory right after each handshake, before any other
-        command.
+        command; `on_push` what Redis says unasked. Neither may raise.
 
         `deadline_seconds` is the longest a command may wait for its answer: then the connection is given up.
         """
@@ -141,6 +142,7 @@ class Wire:
         self._max_outstanding = max_outstanding
         self._deadline_seconds = deadline_seconds
         self._on_connected = on_connected
+        self._on_push = on_push
         self._slots: deque[tuple[OnReply | None, Any]] = deque()
         self._output: list[bytes] = []
         self._unsent_bytes = 0
@@ -161,14 +163,28 @@ class Wire:
 
         Raises WireLost or WireFull at once, and then nothing was sent. Atomic: never awaits.
         """
+        self._check_room()
+        self._slots.append((on_reply, context))
+        self.posted += 1
+        self._send(packed)
+
+    def tell(self, packed: bytes) -> None:
+        """Send one packed command that is answered by pushes alone (SUBSCRIBE, UNSUBSCRIBE).
+
+        Raises WireLost or WireFull at once, and then nothing was sent. Atomic: never awaits.
+        """
+        self._check_room()
+        self._send(packed)
+
+    def _check_room(self) -> None:
         if not self.connected:
             raise WireLost(self._lost_because)
         if len(self._slots) >= self._max_outstanding or self._unsent_bytes > MAX_UNSENT_BYTES:
             raise WireFull(f"{len(self._slots)} commands outstanding")
-        self._slots.append((on_reply, context))
+
+    def _send(self, packed: bytes) -> None:
         self._output.append(packed)
         self._unsent_bytes += len(packed)
-        self.posted += 1
         if self._writer is not None:
             task, self._writer = self._writer, None
             trio.lowlevel.reschedule(task)
@@ -317,6 +333,8 @@ class Wire:
                 feed(received)
                 while (reply := gets()) is not _NOTHING:
                     if type(reply) is hiredis.PushNotification:
+                        if self._on_push is not None:
+                            self._on_push(reply)
                         continue
                     if not self._slots:
                         return self.abort("an answer nobody asked for")

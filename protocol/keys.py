@@ -34,8 +34,10 @@ FIELD = b"r"
 
 CONNECTION_TTL_SECONDS = 3600
 PRESENCE_TTL_SECONDS = 300
+SESSION_TTL_SECONDS = 3600
 INBOX_TTL_SECONDS = 30 * 86400
-INSTANCE_TTL_SECONDS = 15
+INSTANCE_TTL_SECONDS = 10
+"""Renewed every 2.5 s. Whoever has died is seen within 12 s, so that its users are offline within 15 s."""
 LEASE_TTL_MS = 5000
 INBOX_LIMIT = 10_000
 """Most ids an inbox keeps: it is an accelerator, so the oldest go first (100 conversations × one page of 100)."""
@@ -57,7 +59,7 @@ def down(instance_id: str) -> str:
 
 
 def instance(instance_id: str) -> str:
-    """string: liveness lease of an instance, 15 s; value `protocol.records.InstanceInfo`."""
+    """string: liveness lease of an instance, 10 s; value `protocol.records.InstanceInfo`."""
     return f"instance:{instance_id}"
 
 
@@ -80,8 +82,15 @@ def inbox(user_id: str) -> str:
 
 
 def users(instance_id: str) -> str:
-    """set: users with a connection at this gateway: their presence ends with it. Kept by the registry scripts."""
+    """set: users with a connection at this gateway: their presence ends with it. Kept by the registry scripts, taken
+    apart by the worker that buries the instance; 1 h."""
     return f"users:{instance_id}"
+
+
+SEEN = "seen"
+"""sorted set: users who came or went lately, by epoch ms, until a worker has written it to their accounts."""
+SEEN_LIMIT = 100_000
+"""Most users that wait there; the rest is written when they come or go again."""
 
 
 MIGRATION_PREFIX = "mig_"
@@ -122,7 +131,7 @@ def agent(agent_id: str) -> str:
 
 
 def session(user_id: str) -> str:
-    """string: session cache, 1 h."""
+    """string: which access tokens of the user are good, 1 h; dropped by whoever changes it (`workers.revocation`)."""
     return f"session:{user_id}"
 
 

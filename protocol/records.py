@@ -211,7 +211,8 @@ class OpenQuery(Record, tag="o", frozen=True, gc=False):
     """A device authenticated (or sent `sync`): which conversations, how far is it, how far are they.
 
     `cursors` overrides the device's stored cursors. `issued_ms`: when the token was made, so that a worker can tell
-    whether the device was revoked since. Answered by `OpenAnswer`.
+    whether the device was revoked since. Answered by `OpenAnswer`; one that is only a check, by nothing unless it is
+    refused.
     """
 
     instance: str
@@ -220,6 +221,7 @@ class OpenQuery(Record, tag="o", frozen=True, gc=False):
     device_id: str
     cursors: dict[str, int]
     issued_ms: int = 0
+    is_check: bool = False
 
 
 class PageQuery(Record, tag="p", frozen=True, gc=False):

@@ -104,6 +104,9 @@ class FakeBroker:
         self.log.append(("ask", query))
         return self.refuses
 
+    def watch(self, user_id: str) -> None:
+        self.log.append(("watch", user_id))
+
     def acknowledge(self, mark: Mark) -> None:
         self.log.append(("acknowledge", mark))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import hiredis
 import msgspec
 import pytest
 import trio
@@ -37,6 +38,19 @@ class Recorder:
         self.lost_queries: list[tuple[records.Query, ErrorCode]] = []
         self.recoveries: list[bool] = []
         self.tickets: list[tuple[int, records.MigrationTicket | ErrorCode | None]] = []
+        self.users: set[str] = set()
+        self.watched: set[str] = set()
+        self.heard: list[tuple[str, records.UserSignal | records.PresenceChange]] = []
+        self.gaps = 0
+
+    def signalled(self, user_id: str, signal: records.UserSignal) -> None:
+        self.heard.append((user_id, signal))
+
+    def presence_changed(self, user_id: str, change: records.PresenceChange) -> None:
+        self.heard.append((user_id, change))
+
+    def heard_again(self) -> None:
+        self.gaps += 1
 
     def route(self, items: Sequence[records.DownItem]) -> None:
         self.items.extend(items)
@@ -286,6 +300,57 @@ async def test_attach_and_detach_keep_registry_and_presence(broker: RedisBroker,
     assert await redis.call("EXISTS", keys.connection("usr_a")) == 0
     presence = codec.decode_presence(await redis.call("GET", keys.presence("usr_a")))
     assert (presence.status, presence.last_seen) == ("offline", 5000)
+    assert await redis.call("ZSCORE", keys.SEEN, "usr_a") == 5000
+
+
+@pytest.mark.trio
+async def test_an_instances_users_are_those_with_a_connection_there(broker: RedisBroker, redis: Wire) -> None:
+    elsewhere = make_broker(broker.commands.address, "gw_2")
+    tablet = Attachment("usr_a", "d2", 2, 1000)
+
+    async def users() -> list[set[str]]:
+        await eventually(lambda: broker.commands.outstanding == 0)
+        found = [await redis.call("SMEMBERS", keys.users(name)) for name in ("gw_1", "gw_2")]
+        return [{user_id.decode() for user_id in names} for names in found]
+
+    broker.attach(CONNECTION)
+    broker.attach(tablet)
+    assert await users() == [{"usr_a"}, set()]
+    await redis.call(*attach_elsewhere(elsewhere, "d1"))
+    broker.detach(CONNECTION)
+    assert await users() == [{"usr_a"}, {"usr_a"}]
+    broker.detach(tablet)
+    assert await users() == [set(), {"usr_a"}]
+    broker.refresh([tablet])
+    assert await users() == [{"usr_a"}, {"usr_a"}]
+
+
+def attach_elsewhere(other: RedisBroker, device_id: str) -> list[Any]:
+    """The command by which another gateway registers this device."""
+    reader = hiredis.Reader()
+    reader.feed(other._registry.attach(Attachment("usr_a", device_id, 9, 2000)))
+    words: list[Any] = reader.gets()
+    return words
+
+
+@pytest.mark.trio
+async def test_who_was_taken_for_gone_is_announced_again(broker: RedisBroker, redis: Wire, receiver: Recorder) -> None:
+    receiver.watched.add("usr_a")
+    broker.watch("usr_a")
+    broker.ask(records.PresenceQuery("gw_1", 1, "usr_b", ["usr_a"]))
+
+    async def asked() -> bool:
+        return bool(await entries(redis, keys.QUERY))
+
+    await eventually(asked)
+    for _ in range(2):
+        broker.refresh([CONNECTION])
+        await eventually(lambda: broker.commands.outstanding == 0)
+    await eventually(lambda: bool(receiver.heard))
+    broker.detach(CONNECTION)
+    await eventually(lambda: len(receiver.heard) == 2)
+    online, offline = (change.status for _, change in receiver.heard if isinstance(change, records.PresenceChange))
+    assert (online, offline) == ("online", "offline")
 
 
 @pytest.mark.trio
