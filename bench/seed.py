@@ -49,7 +49,7 @@ def seed_direct(client: redis.Redis, mongo: pymongo.MongoClient[dict[str, Any]],
     memberships = mongo.get_default_database("trireme")["memberships"]
     wait_until(lambda: memberships.count_documents({"_id": {"$regex": f":usr_{run}"}}) >= 2 * pairs, "conversations")
     tokens = Tokens(dev_keys.PRIVATE_JWK)
-    now = time.time_ns() // 1_000_000_000
+    now = time.time_ns() // 1_000_000
     members = [
         [Account(name, DEVICE_ID, tokens.sign(name, DEVICE_ID, now, TOKEN_SECONDS, run)[0]) for name in pair]
         for pair in names

@@ -10,12 +10,12 @@ import json
 import warnings
 from collections import OrderedDict
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 from joserfc import jwt
 from joserfc.errors import JoseError, SecurityWarning
-from joserfc.jwk import KeySet, OKPKey
+from joserfc.jwk import OKPKey
 
 from protocol.errors import AuthErrorCode
 
@@ -55,15 +55,19 @@ class Refused(msgspec.Struct, frozen=True):
 class _Claims(msgspec.Struct, frozen=True):
     sub: str
     exp: int | float
+    iat: int | float = 0
     nbf: int | float = 0
     device_id: str | None = None
 
 
 class PublicKeys:
-    """The keys a token may be signed with."""
+    """The keys a token may be signed with, found by the `kid` in its header."""
 
     def __init__(self, text: str) -> None:
-        """`text`: a JWK or a JWK set, JSON, Ed25519 only. Raises ValueError."""
+        """`text`: a JWK or a JWK set, JSON, Ed25519 only. A key without `kid` goes by its RFC 7638 thumbprint.
+
+        Raises ValueError.
+        """
         try:
             loaded = json.loads(text)
             jwks = loaded["keys"] if isinstance(loaded, dict) and "keys" in loaded else [loaded]
@@ -72,14 +76,20 @@ class PublicKeys:
             raise ValueError(f"not an Ed25519 JWK or JWK set: {type(error).__name__}") from None
         if not parsed or any(key.curve_name != "Ed25519" for key in parsed):
             raise ValueError("not an Ed25519 JWK or JWK set: no key, or another curve")
-        self.key_set = KeySet(list(parsed))
+        self._by_id = {key.kid or key.thumbprint(): key for key in parsed}
+        self._first = parsed[0]
+
+    def of(self, token: Any) -> OKPKey:
+        """The key a token names; one that names none was signed with the first. Raises KeyError."""
+        kid = token.headers().get("kid")
+        return self._first if kid is None else self._by_id[kid]
 
 
 class Admission:
     """Checks tokens. `check` is atomic: it never awaits."""
 
     def __init__(self, public_keys: PublicKeys, failures_per_minute: int) -> None:
-        self._keys = public_keys.key_set
+        self._keys = public_keys
         self._failures_per_minute = failures_per_minute
         self._verified: OrderedDict[bytes, tuple[float, _Claims]] = OrderedDict()
         self._failures: OrderedDict[str, tuple[float, int]] = OrderedDict()
@@ -130,9 +140,9 @@ class Admission:
             with warnings.catch_warnings():
                 # The library warns that the name "EdDSA" is deprecated; both names are the same signature here.
                 warnings.simplefilter("ignore", SecurityWarning)
-                decoded = jwt.decode(token, self._keys, algorithms=_ALGORITHMS)
+                decoded = jwt.decode(token, self._keys.of, algorithms=_ALGORITHMS)
             return msgspec.convert(decoded.claims, _Claims)
-        except (JoseError, ValueError, TypeError, msgspec.ValidationError):
+        except (JoseError, ValueError, TypeError, KeyError):
             return None
 
     def _remember(self, digest: bytes, claims: _Claims, now: float) -> None:
@@ -166,4 +176,5 @@ def _judge(claims: _Claims | None, payload: AuthPayload, now: float, wall: float
         return Refused(AuthErrorCode.USER_MISMATCH)
     if claims.device_id is not None and claims.device_id != payload.device_id:
         return Refused(AuthErrorCode.INVALID_TOKEN)
-    return Admitted(payload.user_id, payload.device_id, now + claims.exp + SKEW_SECONDS - wall)
+    expires_at = now + claims.exp + SKEW_SECONDS - wall
+    return Admitted(payload.user_id, payload.device_id, expires_at, round(claims.iat * 1000))

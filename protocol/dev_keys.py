@@ -10,4 +10,6 @@ PRIVATE_JWK: Final = (
     '"d":"SHQyuYw5mVfR1_GM_yyZZXlAkrF5UEqFVzEe43YejLo","kid":"dev","kty":"OKP"}'
 )
 PUBLIC_JWK: Final = '{"crv":"Ed25519","x":"_o4oMholVIA8rYorw7HPv7PoCR0WMWAU9En_iSZs5x4","kid":"dev","kty":"OKP"}'
+PUBLIC_X: Final = "_o4oMholVIA8rYorw7HPv7PoCR0WMWAU9En_iSZs5x4"
+"""The public half itself: the key is recognised by it, whatever else its JWK says."""
 ADMIN_TOKEN: Final = "dev-admin"

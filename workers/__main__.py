@@ -1,4 +1,4 @@
-"""The door of the workers: `python -m workers <role>…`, settings, logs, signals, one task group of roles.
+"""The door of the workers: `python -m workers <role>…` (or `keygen`), settings, logs, signals, one task group of roles.
 
 Each process opens one store and one broker and shares them between its roles. A role is a module with
 `async def run(settings, store, broker, stopping)`; it returns soon after `stopping` is set, having finished what it
@@ -28,6 +28,7 @@ from workers.broker import Broker, BrokerUnavailable, open_broker
 from workers.settings import SettingError, Settings, load_settings
 from workers.store import Store, StoreUnfit, open_store
 from workers.store.errors import StoreUnavailable
+from workers.tokens import new_key
 
 Role = Callable[[Settings, Store, Broker, anyio.Event], Coroutine[Any, Any, None]]
 
@@ -38,6 +39,8 @@ ROLES: Final = {
 }
 """Role → module. Imported only where the role is carried: the HTTP stack alone costs a second of start-up."""
 
+KEYGEN: Final = "keygen"
+"""In place of a role: print a private JWK for `TRIREME_JWT_PRIVATE_KEY`, and its public half for the gateways."""
 _FIRST_RETRY_SECONDS: Final = 0.1
 _LONGEST_RETRY_SECONDS: Final = 5.0
 _SAY_AGAIN_SECONDS: Final = 30.0
@@ -152,7 +155,11 @@ async def _run_process(settings: Settings, names: Sequence[str]) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the named roles until a signal. Returns the exit status."""
+    """Run the named roles until a signal, or print a fresh key. Returns the exit status."""
+    if list(arguments) == [KEYGEN]:
+        for jwk in new_key():
+            print(jwk)  # noqa: T201 - what was asked for
+        return 0
     try:
         names = parse_roles(arguments)
         settings = load_settings(os.environ, names)

@@ -31,6 +31,10 @@ DOWN_LIMIT = 100_000
 QUERY_LIMIT = 10_000
 COMMAND_SECONDS = 5.0
 """Deadline of a command that does not block."""
+_CLAIM_SECONDS = 10
+"""Longer than the two reads behind a session cache entry take."""
+_HOLD_SECONDS = 30
+"""Longer than any write to MongoDB takes."""
 
 
 class BrokerUnavailable(Exception):
@@ -108,6 +112,8 @@ class Broker:
         self._hold = client.register_script((LUA / "hold_leases.lua").read_bytes())
         self._release = client.register_script((LUA / "release_leases.lua").read_bytes())
         self._spend = client.register_script((LUA / "spend.lua").read_bytes())
+        self._look_session = client.register_script((LUA / "look_session.lua").read_bytes())
+        self._fill_session = client.register_script((LUA / "fill_session.lua").read_bytes())
         self._push_inbox = client.register_script((LUA / "push_inbox.lua").read_bytes())
 
     async def _run(self, *args: Any) -> Any:
@@ -316,6 +322,10 @@ class Broker:
         """The oldest `count` ids of a user's inbox."""
         return [name.decode() for name in await self._run("LRANGE", keys.inbox(user_id), 0, count - 1)]
 
+    async def forget_inbox(self, user_id: str) -> None:
+        """Nobody will come for it."""
+        await self._run("DEL", keys.inbox(user_id))
+
     async def drop_from_inbox(self, delivered: Mapping[str, list[str]]) -> None:
         """Remove message ids that were delivered."""
         with _passing_errors():
@@ -325,6 +335,42 @@ class Broker:
                         pipe.execute_command("LREM", keys.inbox(user_id), 1, message_id)
                 with anyio.fail_after(COMMAND_SECONDS):
                     await pipe.execute()
+
+    # --- session cache -----------------------------------------------------------------------------------------------
+
+    async def look_session(self, user_id: str, claim: str) -> bytes | None:
+        """The cached value; no JSON: a claim or hold. None: nothing was there, and now `claim` is."""
+        with _passing_errors():
+            with anyio.fail_after(COMMAND_SECONDS):
+                found: bytes | None = await self._look_session(
+                    keys=[keys.session(user_id)], args=[claim, _CLAIM_SECONDS]
+                )
+        return found
+
+    async def fill_session(self, user_id: str, claim: str, value: bytes) -> None:
+        """Cache what was read since `claim` was placed, unless something changed meanwhile."""
+        with _passing_errors():
+            with anyio.fail_after(COMMAND_SECONDS):
+                await self._fill_session(
+                    keys=[keys.session(user_id)], args=[claim, value, keys.SESSION_TTL_SECONDS]
+                )
+
+    async def hold_session(self, user_id: str) -> None:
+        """Nobody reads or fills the cache while the truth changes; for 30 s, should `drop_session` never come."""
+        await self._run("SET", keys.session(user_id), "hold", "EX", _HOLD_SECONDS)
+
+    async def drop_session(self, user_id: str) -> None:
+        """What was cached, held or claimed is void."""
+        await self._run("DEL", keys.session(user_id))
+
+    async def connected_devices(self, user_id: str) -> list[str]:
+        """The devices of a user that are in the registry."""
+        return [name.decode() for name in await self._run("HKEYS", keys.connection(user_id))]
+
+    async def last_seen(self, user_id: str) -> bytes | None:
+        """The encoded `Presence` of a user, while Redis remembers it."""
+        found: bytes | None = await self._run("GET", keys.presence(user_id))
+        return found
 
     # --- pub/sub and allowances --------------------------------------------------------------------------------------
 

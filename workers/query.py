@@ -17,9 +17,10 @@ import msgspec
 import structlog
 
 from protocol import codec, frames, records
-from protocol.errors import ErrorCode
+from protocol.errors import AuthErrorCode, ErrorCode
 from workers import metrics
 from workers.broker import Broker, BrokerUnavailable
+from workers.revocation import is_good, moment
 from workers.store.errors import StoreUnavailable
 from workers.store.logs import Excerpt, NotVisible
 
@@ -39,6 +40,7 @@ _ANSWERS_AT_ONCE: Final = 100
 _RETRY_AFTER_MS: Final = 1000
 _FIRST_RETRY_SECONDS: Final = 0.1
 _LONGEST_RETRY_SECONDS: Final = 2.0
+_NOTE_SECONDS: Final = 3600
 _INBOX_LOOK: Final = 200
 """Inbox ids checked per open; an inbox longer than that shrinks over several."""
 
@@ -54,7 +56,7 @@ async def run(settings: Settings, store: Store, broker: Broker, stopping: anyio.
     """
     consumer = f"worker-{os.getpid()}"
     answers_in, answers_out = anyio.create_memory_object_stream[Answer](_ANSWERS)
-    role = QueryRole(store, broker, settings.queries)
+    role = QueryRole(store, broker, settings.queries, settings.devices_per_account)
     async with anyio.create_task_group() as group:
         group.start_soon(publish_answers, broker, answers_out, name="query answers")
         async with answers_in:
@@ -64,8 +66,9 @@ async def run(settings: Settings, store: Store, broker: Broker, stopping: anyio.
 class QueryRole:
     """Reads queries as far as there is room, one task per query under way."""
 
-    def __init__(self, store: Store, broker: Broker, at_once: int) -> None:
+    def __init__(self, store: Store, broker: Broker, at_once: int, devices_per_account: int = 32) -> None:
         self._store = store
+        self._devices = devices_per_account
         self._broker = broker
         self._room = anyio.Semaphore(at_once, max_value=at_once)
 
@@ -100,8 +103,9 @@ class QueryRole:
                 item, outcome = await self._item(query)
                 if item is not None:
                     await answers.send((query.instance, item))
-                if isinstance(query, records.OpenQuery):
+                if isinstance(query, records.OpenQuery) and outcome == "answered":
                     await self._tidy_inbox(query.user_id)
+                    await self._note_device(query)
         except msgspec.DecodeError as error:
             log.error("query_unreadable", error=str(error), size_bytes=len(payload))
         except Exception:
@@ -114,6 +118,10 @@ class QueryRole:
     async def _item(self, query: records.Query) -> tuple[records.DownItem | None, str]:
         try:
             with anyio.fail_after(_QUERY_SECONDS):
+                if isinstance(query, records.OpenQuery) and not await is_good(
+                    self._store, self._broker, query.user_id, query.device_id, query.issued_ms
+                ):
+                    return records.OpenAnswer(query.connection, 0, [], AuthErrorCode.REVOKED), "revoked"
                 return await _answer_query(self._store, query), "answered"
         except (StoreUnavailable, TimeoutError) as error:
             log.warning("query_unanswered", kind=type(query).__name__, error=str(error))
@@ -131,6 +139,24 @@ class QueryRole:
                     await self._broker.drop_from_inbox({user_id: delivered})
         except (BrokerUnavailable, StoreUnavailable) as error:
             log.warning("inbox_untidied", error=str(error))
+
+
+    async def _note_device(self, query: records.OpenQuery) -> None:
+        """Write down that the device and its user were here, once an hour."""
+        try:
+            with anyio.move_on_after(_QUERY_SECONDS):
+                device = f"{query.user_id}:{query.device_id}"
+                if not await self._broker.spend("device_seen", device, 1, _NOTE_SECONDS):
+                    now, issued = moment(_now_ms()), moment(query.issued_ms)
+                    await self._store.devices.seen(query.user_id, query.device_id, self._devices, issued, now)
+                    await self._store.users.seen(query.user_id, now)
+        except (BrokerUnavailable, StoreUnavailable) as error:
+            log.warning("device_unnoted", error=str(error))
+
+
+def _now_ms() -> int:
+    """Epoch milliseconds: the one place where this role reads the clock."""
+    return time.time_ns() // 1_000_000
 
 
 async def publish_answers(broker: Broker, answers: MemoryObjectReceiveStream[Answer]) -> None:

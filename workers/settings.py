@@ -19,12 +19,15 @@ if TYPE_CHECKING:
 PREFIX: Final = "TRIREME_"
 DEV: Final = "dev"
 
+LONGEST_TOKEN_SECONDS: Final = 366 * 86_400
+"""So long must it be remembered that a device was revoked."""
 Port = Annotated[int, Meta(ge=1, le=65535)]
 _DEV_DEFAULTS: Final = {
     "redis_url": "redis://127.0.0.1:6379/0",
     "mongodb_url": "mongodb://127.0.0.1:27017/trireme?directConnection=true",
     "admin_token": dev_keys.ADMIN_TOKEN,
     "jwt_private_key": dev_keys.PRIVATE_JWK,
+    "verification_sender": "log",
 }
 """Where `bench services` listens, and the public dev secrets. No other environment has them."""
 _NEEDED_BY_ALL: Final = ("redis_url", "mongodb_url")
@@ -44,6 +47,9 @@ class _PrivateJwk(msgspec.Struct):
     d: Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_-]{43}\Z")]
 
 
+_PrivateJwks = Annotated[list[_PrivateJwk], Meta(min_length=1)]
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Field `x` is the variable `TRIREME_X`. Empty strings are the secrets a process without the role `rest` lacks."""
 
@@ -59,21 +65,43 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Reads for the gateways under way at once in one process; more wait in the stream, which is capped."""
     drain_seconds: Annotated[float, Meta(gt=0, le=300)] = 4.0
     """From SIGTERM to a hard cancel. honcho kills after 5 s; a service manager may allow 30 s."""
+    edit_seconds: Annotated[int, Meta(ge=0, le=31_536_000)] = 86_400
+    """How long after it was committed a message can be edited."""
     message_retention_days: Annotated[int, Meta(ge=1, le=36500)] = 90
     rest_host: Annotated[str, Meta(min_length=1)] = "127.0.0.1"
     rest_port: Port = 8080
     rest_url: str = ""
     """Endpoint others reach this REST instance by; `http://host:port` when empty."""
     command_timeout_seconds: Annotated[float, Meta(gt=0, le=120)] = 10.0
-    edit_seconds: Annotated[int, Meta(ge=0, le=31_536_000)] = 86_400
-    """How long after it was committed a message can be edited."""
     """How long a REST request waits for the shard owner before it answers 503."""
     admin_token: str = ""
     jwt_private_key: str = ""
-    token_ttl_seconds: Annotated[int, Meta(ge=1, le=31_536_000)] = 86_400
-    message_rate: Annotated[float, Meta(gt=0, le=1_000_000)] = 20.0
-    """Sends and changes of messages per user and second over REST: the gateway's own settings, of the same names."""
-    message_burst: Annotated[int, Meta(ge=1, le=1_000_000)] = 60
+    token_ttl_seconds: Annotated[int, Meta(ge=1, le=LONGEST_TOKEN_SECONDS)] = 86_400
+    """Life of a token that the administrator issues."""
+    access_ttl_seconds: Annotated[int, Meta(ge=1, le=LONGEST_TOKEN_SECONDS)] = 3600
+    """Life of an access token from a login: how long a gateway without Redis and workers would trust a revoked one."""
+    refresh_ttl_seconds: Annotated[int, Meta(ge=60, le=LONGEST_TOKEN_SECONDS)] = 60 * 86_400
+    """A device that was not used for so long logs in again; every use begins it anew."""
+    verification_sender: Literal["log", "webhook", "none"] = "none"
+    """Who delivers codes: the log (development only), a webhook, or nobody: then people cannot log in by themselves."""
+    verification_webhook_url: Annotated[str, Meta(pattern=r"\A(https?://\S+)?\Z")] = ""
+    verification_webhook_secret: Annotated[str, Meta(pattern=r"\A(whsec_[A-Za-z0-9+/]{32,}={0,2})?\Z")] = ""
+    """Signs what the webhook gets: `whsec_` and Base64 of 24 bytes or more (Standard Webhooks)."""
+    verification_ttl_seconds: Annotated[int, Meta(ge=30, le=3600)] = 600
+    verification_tries: Annotated[int, Meta(ge=1, le=10)] = 5
+    """Comparisons per code: with 5 codes an hour, 25 guesses at a million in an hour."""
+    codes_per_target: Annotated[int, Meta(ge=1, le=1000)] = 5
+    """Codes per hour for one phone number or email address: somebody pays for each, and somebody is disturbed."""
+    codes_per_address: Annotated[int, Meta(ge=1, le=1_000_000)] = 20
+    """Codes per hour asked for from one network address (IPv6: one /64): a family, not a list of numbers."""
+    logins_per_address: Annotated[int, Meta(ge=1, le=1_000_000)] = 60
+    """Logins and refreshes a minute from one network address: each of the former hashes for 30 ms."""
+    exports_per_day: Annotated[int, Meta(ge=1, le=1000)] = 5
+    """Exports of one account: each reads all its conversations."""
+    devices_per_account: Annotated[int, Meta(ge=1, le=1000)] = 32
+    """Devices an account has at once; one more login ends the session of the one that was seen longest ago."""
+    trusted_proxies: str = "127.0.0.1"
+    """Addresses, comma-separated, whose `X-Forwarded-For` is believed; empty for none."""
     key_identities_per_hour: Annotated[int, Meta(ge=1, le=1_000_000)] = 60
     """Uploads of an identity or fallback key by one user: another identity is told to everybody they talk to."""
     key_claims_per_minute: Annotated[int, Meta(ge=1, le=1_000_000)] = 60
@@ -111,23 +139,33 @@ def load_settings(environ: Mapping[str, str], roles: Iterable[str]) -> Settings:
         if name not in values:
             raise SettingError(f"{PREFIX}{name.upper()} is not set")
     settings = msgspec.convert(values, Settings)
-    if settings.jwt_private_key:
-        _check_private_key(settings.jwt_private_key)
+    private = _private_jwks(settings.jwt_private_key) if settings.jwt_private_key else []
     if settings.env != DEV:
-        _check_secrets(settings)
+        _check_secrets(settings, private)
+    if settings.verification_sender == "webhook":
+        for name in ("verification_webhook_url", "verification_webhook_secret"):
+            if name not in values:
+                raise SettingError(f"{PREFIX}{name.upper()} is not set: there the codes are to go")
     return settings
 
 
-def _check_private_key(text: str) -> None:
+def _private_jwks(text: str) -> list[_PrivateJwk]:
+    """The keys of a JWK or a JWK set, the signing one first."""
     try:
-        msgspec.json.decode(text, type=_PrivateJwk)
+        loaded = msgspec.json.decode(text)
+        if isinstance(loaded, dict) and "keys" in loaded:
+            jwks: list[_PrivateJwk] = msgspec.convert(loaded["keys"], _PrivateJwks)
+            return jwks
+        return [msgspec.convert(loaded, _PrivateJwk)]
     except msgspec.DecodeError as error:
         raise SettingError(f"{PREFIX}JWT_PRIVATE_KEY is not an Ed25519 private key in JWK form: {error}") from None
 
 
-def _check_secrets(settings: Settings) -> None:
-    """The dev secrets are public: outside `TRIREME_ENV=dev` they are as good as none."""
+def _check_secrets(settings: Settings, private: list[_PrivateJwk]) -> None:
+    """The dev secrets are public, and a log is read by many: fit for `TRIREME_ENV=dev` only."""
     if settings.admin_token == dev_keys.ADMIN_TOKEN:
         raise SettingError(f"{PREFIX}ADMIN_TOKEN is the public dev token; choose another one")
-    if settings.jwt_private_key == dev_keys.PRIVATE_JWK:
-        raise SettingError(f"{PREFIX}JWT_PRIVATE_KEY is the public dev key; make another one")
+    if any(jwk.x == dev_keys.PUBLIC_X for jwk in private):
+        raise SettingError(f"{PREFIX}JWT_PRIVATE_KEY is the public dev key; make another one: python -m workers keygen")
+    if settings.verification_sender == "log":
+        raise SettingError(f"{PREFIX}VERIFICATION_SENDER writes codes where many read them; choose webhook or none")

@@ -51,7 +51,7 @@ def part(value: Any) -> str:
 @pytest.mark.parametrize("algorithm", ["EdDSA", "Ed25519"])
 def test_both_names_of_the_signature_are_good(admission: Admission, algorithm: str) -> None:
     outcome = check(admission, token(algorithm=algorithm))
-    assert outcome == Admitted("usr_a", "d1", NOW + 3600 + 60)
+    assert outcome == Admitted("usr_a", "d1", NOW + 3600 + 60, WALL_SECONDS * 1000)
 
 
 def test_a_key_set_is_searched_by_key_id(admission: Admission) -> None:
@@ -61,6 +61,29 @@ def test_a_key_set_is_searched_by_key_id(admission: Admission) -> None:
     signing = OKPKey.import_key(msgspec.json.decode(dev_keys.PRIVATE_JWK))
     signed = jwt.encode({"alg": "Ed25519", "kid": "dev"}, claims, signing, algorithms=["Ed25519"])
     assert isinstance(check(Admission(keys, 10), signed), Admitted)
+
+
+def test_tokens_of_an_old_key_are_good_while_it_is_in_the_set_and_not_after() -> None:
+    old, new = OKPKey.generate_key("Ed25519"), OKPKey.generate_key("Ed25519")
+    halves = [key.as_dict(private=False) | {"kid": key.thumbprint()} for key in (old, new)]
+    sets = [PublicKeys(msgspec.json.encode({"keys": keys}).decode()) for keys in (halves, halves[::-1], halves[1:])]
+    claims = {"sub": "usr_a", "exp": WALL_SECONDS + 60, "iat": WALL_SECONDS - 0.5}
+    for key, verdicts in ((old, [True, True, False]), (new, [True, True, True])):
+        signed = jwt.encode({"alg": "Ed25519", "kid": key.thumbprint()}, claims, key, algorithms=["Ed25519"])
+        outcomes = [check(Admission(keys, 10), signed) for keys in sets]
+        assert [isinstance(outcome, Admitted) for outcome in outcomes] == verdicts
+
+
+def test_a_key_without_a_name_goes_by_its_thumbprint() -> None:
+    key = OKPKey.generate_key("Ed25519")
+    keys = PublicKeys(msgspec.json.encode(key.as_dict(private=False)).decode())
+    claims = {"sub": "usr_a", "exp": WALL_SECONDS + 60, "iat": WALL_SECONDS - 0.5}
+    signed = jwt.encode({"alg": "Ed25519", "kid": key.thumbprint()}, claims, key, algorithms=["Ed25519"])
+    outcome = check(Admission(keys, 10), signed)
+    assert isinstance(outcome, Admitted)
+    assert outcome.issued_ms == WALL_SECONDS * 1000 - 500, "a fraction of a second counts"
+    other = jwt.encode({"alg": "Ed25519", "kid": "other"}, claims, key, algorithms=["Ed25519"])
+    assert refused(check(Admission(keys, 10), other)) is AuthErrorCode.INVALID_TOKEN
 
 
 def hs256_with_the_public_key() -> str:

@@ -128,8 +128,8 @@ async def test_a_frame_before_auth_closes_with_4401(house: House, transport: str
 async def test_expired_forged_and_foreign_tokens(house: House, transport: str) -> None:
     async with crowd(house) as people:
         user_id, other = await people.user(), await people.user()
-        now = time.time_ns() // 1_000_000_000
-        expired, _ = Tokens(dev_keys.PRIVATE_JWK).sign(user_id, "phone-1", now - 7200, 3600, "j1")
+        now = time.time_ns() // 1_000_000
+        expired, _ = Tokens(dev_keys.PRIVATE_JWK).sign(user_id, "phone-1", now - 7_200_000, 3600, "j1")
         stranger = jwk.OKPKey.generate_key("Ed25519")
         forged, _ = Tokens(json.dumps(stranger.as_dict(private=True))).sign(user_id, "phone-1", now, 3600, "j2")
         header, claims, signature = people.tokens[user_id].split(".")

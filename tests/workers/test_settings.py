@@ -45,6 +45,17 @@ def test_a_worker_without_rest_needs_no_secrets() -> None:
         (URLS | {"TRIREME_ENV": "A B"}, ["query"], "TRIREME_ENV"),
         (URLS | {"TRIREME_JWT_PRIVATE_KEY": "nonsense"}, ["query"], "TRIREME_JWT_PRIVATE_KEY"),
         (URLS | {"TRIREME_JWT_PRIVATE_KEY": dev_keys.PUBLIC_JWK}, ["query"], "TRIREME_JWT_PRIVATE_KEY"),
+        (URLS | {"TRIREME_JWT_PRIVATE_KEY": '{"keys":[]}'}, ["query"], "TRIREME_JWT_PRIVATE_KEY"),
+        (URLS | {"TRIREME_VERIFICATION_SENDER": "pigeon"}, ["query"], "TRIREME_VERIFICATION_SENDER"),
+        (URLS | {"TRIREME_VERIFICATION_SENDER": "log"}, ["query"], "TRIREME_VERIFICATION_SENDER"),
+        (URLS | {"TRIREME_VERIFICATION_SENDER": "webhook"}, ["query"], "TRIREME_VERIFICATION_WEBHOOK_URL"),
+        (URLS | {"TRIREME_VERIFICATION_WEBHOOK_URL": "ftp://x"}, ["query"], "TRIREME_VERIFICATION_WEBHOOK_URL"),
+        (URLS | {"TRIREME_VERIFICATION_WEBHOOK_SECRET": "short"}, ["query"], "TRIREME_VERIFICATION_WEBHOOK_SECRET"),
+        (
+            URLS | {"TRIREME_JWT_PRIVATE_KEY": f'{{"keys":[{OTHER_KEY},{dev_keys.PRIVATE_JWK}]}}'},
+            ["query"],
+            "TRIREME_JWT_PRIVATE_KEY",
+        ),
         (
             URLS | {"TRIREME_ADMIN_TOKEN": dev_keys.ADMIN_TOKEN, "TRIREME_JWT_PRIVATE_KEY": OTHER_KEY},
             ["rest"],
@@ -100,3 +111,20 @@ def test_the_process_ends_with_status_2_and_that_line(arguments: list[str], envi
         check=False,
     )
     assert (ended.returncode, ended.stderr, ended.stdout) == (2, line, "")
+
+
+def test_keygen_prints_a_private_key_that_the_settings_take_and_its_public_half() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "workers", "keygen"], env={}, capture_output=True, text=True, timeout=30, check=False
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    private, public = ended.stdout.splitlines()
+    environ = URLS | {"TRIREME_ADMIN_TOKEN": "mine", "TRIREME_JWT_PRIVATE_KEY": private}
+    assert load_settings(environ, ["rest"]).jwt_private_key == private
+    assert '"d"' in private
+    assert '"d"' not in public
+
+
+def test_dev_logs_codes_and_no_other_environment_sends_them_by_default() -> None:
+    assert load_settings({"TRIREME_ENV": "dev"}, ["rest"]).verification_sender == "log"
+    assert load_settings(URLS, ["query"]).verification_sender == "none"

@@ -15,6 +15,7 @@ from litestar.connection import ASGIConnection
 from protocol.errors import ErrorCode
 from workers.rest.desk import Desk, now_ms
 from workers.rest.errors import RestError
+from workers.revocation import is_good
 
 if TYPE_CHECKING:
     from litestar.handlers.base import BaseRouteHandler
@@ -66,20 +67,23 @@ def admin_guard(connection: Connection, _: BaseRouteHandler) -> None:
     connection.scope["user"] = Caller(None)
 
 
-def user_guard(connection: Connection, _: BaseRouteHandler) -> None:
-    """Only a user with a good token."""
-    claims = _desk(connection).tokens.verify(_bearer(connection), now_ms() // 1000)
+async def user_guard(connection: Connection, _: BaseRouteHandler) -> None:
+    """Only a user with a good token, of a device that was not revoked since."""
+    desk = _desk(connection)
+    claims = desk.tokens.verify(_bearer(connection), now_ms())
     if claims is None:
         raise _unauthorized()
+    if not await is_good(desk.store, desk.broker, claims.sub, claims.device_id, claims.issued_ms):
+        raise RestError(ErrorCode.REVOKED, "this device was logged out, or the account is deleted")
     connection.scope["user"] = Caller(claims.sub, claims.device_id)
 
 
-def actor_guard(connection: Connection, handler: BaseRouteHandler) -> None:
+async def actor_guard(connection: Connection, handler: BaseRouteHandler) -> None:
     """A user, or the administrator acting for one."""
     if _is_admin(_desk(connection), _bearer(connection)):
         connection.scope["user"] = Caller(None)
     else:
-        user_guard(connection, handler)
+        await user_guard(connection, handler)
 
 
 def shape_guard(connection: Connection, handler: BaseRouteHandler) -> None:
@@ -92,9 +96,12 @@ def shape_guard(connection: Connection, handler: BaseRouteHandler) -> None:
             raise RestError(ErrorCode.VALIDATION_FAILED, "the body must not be compressed", 415)
     allowed: tuple[str, ...] = handler.opt.get("query", ())
     seen: set[str] = set()
-    for name, _ in connection.query_params.multi_items():
+    for name, value in connection.query_params.multi_items():
         if name not in allowed:
             raise RestError(ErrorCode.VALIDATION_FAILED, "unknown query parameter")
+        if value.lower() == "null":
+            # The framework would take it for an absent one.
+            raise RestError(ErrorCode.VALIDATION_FAILED, f"{name}: null is no value")
         if name in seen:
             raise RestError(ErrorCode.VALIDATION_FAILED, f"{name}: given more than once")
         seen.add(name)

@@ -15,29 +15,37 @@ import anyio
 import structlog
 import uvicorn
 from litestar import Litestar
-from litestar.datastructures import ResponseHeader, State
+from litestar.datastructures import State
 from litestar.di import Provide
 from litestar.enums import ScopeType
 
 from protocol import codec, keys, records, specification
 from protocol.errors import ErrorCode
 from workers import metrics
+from workers.codes import Codes
 from workers.instances import Instance
 from workers.rest import (
+    accounts,
     blocks,
     conversations,
     device_keys,
+    devices,
     health,
+    keyset,
     memberships,
     messages,
     openapi,
     participants,
     schema,
     search,
+    sessions,
+    upkeep,
     users,
 )
+from workers.rest.bodies import StrictRequest
 from workers.rest.desk import Desk, now_ms
 from workers.rest.errors import EXCEPTION_HANDLERS, RestError
+from workers.senders import open_sender
 from workers.settings import SettingError, Settings
 from workers.tokens import KeyUnfit, Tokens
 
@@ -52,6 +60,19 @@ if TYPE_CHECKING:
 ROUTES: Final = [
     users.create_user,
     users.create_token,
+    sessions.begin_verification,
+    sessions.log_in,
+    sessions.refresh,
+    sessions.log_out,
+    devices.list_devices,
+    devices.revoke_device,
+    devices.revoke_devices,
+    accounts.read_account,
+    accounts.change_account,
+    accounts.read_profile,
+    accounts.export_account,
+    accounts.delete_account,
+    keyset.read_keys,
     conversations.create_conversation,
     conversations.list_conversations,
     conversations.read_conversation,
@@ -96,6 +117,8 @@ _CONNECTIONS: Final = 2000
 """Requests under way and idle connections; more get 503 from the server."""
 _METHODS: Final = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 
+_HEADERS: Final = ((b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store"))
+
 log = structlog.get_logger(__name__)
 
 
@@ -112,10 +135,11 @@ async def run(settings: Settings, store: Store, broker: Broker, stopping: anyio.
     endpoint = settings.rest_url or f"http://{settings.rest_host}:{settings.rest_port}"
     info = records.InstanceInfo("rest", endpoint, 0, False)
     instance = Instance(broker, keys.new_id("rest", now_ms(), secrets.randbits(64)), info)
-    desk = Desk(settings, store, broker, instance, tokens)
-    async with anyio.create_task_group() as group:
+    async with open_sender(settings) as sender, anyio.create_task_group() as group:
+        desk = Desk(settings, store, broker, instance, tokens, Codes(settings, store, sender))
         await group.start(instance.run, name="rest instance")
-        server = _Server(_server_config(Edge(create_app(desk)), settings.drain_seconds))
+        group.start_soon(upkeep.run, desk, name="rest upkeep")
+        server = _Server(_server_config(Edge(create_app(desk)), settings))
         group.start_soon(_stop_server, server, stopping, name="rest stop")
         log.info("rest_serving", endpoint=endpoint, instance=instance.instance_id)
         await server.serve(sockets=[listener])
@@ -127,24 +151,32 @@ def create_app(desk: Desk) -> Litestar:
     documents = schema.Documents(
         codec.encode_value(openapi.document(openapi.routes_of(ROUTES))), codec.encode_value(specification.asyncapi())
     )
-    return Litestar(
+    app = Litestar(
         route_handlers=ROUTES,
         dependencies={"desk": Provide(lambda: desk, sync_to_thread=False)},
         state=State({"desk": desk, "documents": documents}),
         exception_handlers=EXCEPTION_HANDLERS,
         request_max_body_size=MAX_BODY_BYTES,
-        response_headers=[
-            ResponseHeader(name="X-Content-Type-Options", value="nosniff"),
-            ResponseHeader(name="Cache-Control", value="no-store"),
-        ],
+        request_class=StrictRequest,
         openapi_config=None,
         logging_config=None,
         debug=False,
     )
+    _allow_together(app)
+    return app
+
+
+def _allow_together(app: Litestar) -> None:
+    """Every handler is a route of its own to the framework, whose `OPTIONS` would name that handler's method only."""
+    methods: dict[str, set[Any]] = {}
+    for route in app.routes:
+        methods.setdefault(route.path_format, set()).update(route.methods)
+    for route in app.routes:
+        route.methods = methods[route.path_format]
 
 
 class Edge:
-    """Around the application: the deadline of a request's body, and the request metrics."""
+    """Around the application: the deadline of a request's body, headers of every answer, and the request metrics."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -173,6 +205,7 @@ class Edge:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                message["headers"] = [*message["headers"], *_HEADERS]
             await send(message)
 
         try:
@@ -203,7 +236,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _server_config(app: Any, drain_seconds: float) -> uvicorn.Config:
+def _server_config(app: Any, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         http="httptools",
@@ -213,7 +246,9 @@ def _server_config(app: Any, drain_seconds: float) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         limit_concurrency=_CONNECTIONS,
-        timeout_graceful_shutdown=max(1, int(drain_seconds)),
+        timeout_graceful_shutdown=max(1, int(settings.drain_seconds)),
+        proxy_headers=bool(settings.trusted_proxies),
+        forwarded_allow_ips=settings.trusted_proxies,
     )
 
 

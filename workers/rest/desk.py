@@ -10,6 +10,7 @@ from litestar.di import NamedDependency
 
 from protocol import keys
 from workers.broker import Broker
+from workers.codes import Codes
 from workers.instances import Instance
 from workers.settings import Settings
 from workers.store import Store
@@ -29,6 +30,7 @@ class Desk(msgspec.Struct, frozen=True):
     broker: Broker
     instance: Instance
     tokens: Tokens
+    codes: Codes
 
     def new_id(self, prefix: str) -> str:
         """A fresh time-ordered id."""

@@ -68,8 +68,11 @@ FAILURES: Final = {
 class RestError(Exception):
     """A refusal with its code; `status` where it differs from the code's own."""
 
-    def __init__(self, code: ErrorCode, message: str, status: int | None = None) -> None:
+    def __init__(
+        self, code: ErrorCode, message: str, status: int | None = None, *, retry_after_seconds: int | None = None
+    ) -> None:
         super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
         self.code = code
         self.message = message
         self.status = code.http_status if status is None else status
@@ -88,7 +91,8 @@ def error_response(code: ErrorCode, message: str, status: int, headers: dict[str
 
 def on_refusal(_: Request[Any, Any, Any], error: RestError) -> Response[Any]:
     """A refusal of ours, as it is."""
-    return error_response(error.code, error.message, error.status)
+    headers = {} if error.retry_after_seconds is None else {"Retry-After": str(error.retry_after_seconds)}
+    return error_response(error.code, error.message, error.status, headers)
 
 
 def on_framework_error(_: Request[Any, Any, Any], error: HTTPException) -> Response[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Annotated
 
 import msgspec
@@ -16,17 +16,20 @@ from protocol.models import Id, User, UserStatus
 from workers.rest.access import admin_guard, shape_guard
 from workers.rest.desk import DeskDependency, now_ms
 from workers.rest.errors import RestError
+from workers.rest.shapes import moment_at
 from workers.store.users import Taken
 
 Phone = Annotated[str, Meta(min_length=3, max_length=32, pattern=r"^\+?[0-9][0-9 ()./-]*$")]
 Email = Annotated[str, Meta(min_length=3, max_length=254, pattern=r"^[^@\s]+@[^@\s]+$")]
+Name = Annotated[str, Meta(min_length=1, max_length=128)]
+AvatarUrl = Annotated[str, Meta(min_length=1, max_length=2048)]
 
 
 class NewUser(msgspec.Struct, frozen=True):
-    name: Annotated[str, Meta(min_length=1, max_length=128)]
+    name: Name
     phone: Phone | None = None
     email: Email | None = None
-    avatar_url: Annotated[str, Meta(min_length=1, max_length=2048)] | UnsetType = UNSET
+    avatar_url: AvatarUrl | UnsetType = UNSET
 
 
 class TokenRequest(msgspec.Struct, frozen=True):
@@ -49,14 +52,13 @@ class AccessToken(msgspec.Struct, frozen=True):
 )
 async def create_user(data: JSONBody[NewUser], desk: DeskDependency) -> User:
     """201 with the account; 409 `conflict` when another account has this phone or email."""
-    now = now_ms()
     user = User(
         user_id=desk.new_id("usr"),
         phone=data.phone,
         email=data.email,
         name=data.name,
         avatar_url=data.avatar_url,
-        created_at=datetime.fromtimestamp(now / 1000, UTC),
+        created_at=moment_at(now_ms()),
         status=UserStatus.OFFLINE,
     )
     match await desk.store.users.create(user):
@@ -76,7 +78,7 @@ async def create_token(data: JSONBody[TokenRequest], desk: DeskDependency) -> Ac
     """201 with a token for WebSocket and REST; 404 `not_found` for an unknown user."""
     if await desk.store.users.get(data.user_id) is None:
         raise RestError(ErrorCode.NOT_FOUND, "no such user")
-    token, expires_at = desk.tokens.sign(
-        data.user_id, data.device_id, now_ms() // 1000, desk.settings.token_ttl_seconds, desk.new_id("tok")
+    token, expires_ms = desk.tokens.sign(
+        data.user_id, data.device_id, now_ms(), desk.settings.token_ttl_seconds, desk.new_id("tok")
     )
-    return AccessToken(token, datetime.fromtimestamp(expires_at, UTC))
+    return AccessToken(token, moment_at(expires_ms))

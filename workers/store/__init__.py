@@ -32,6 +32,7 @@ from workers.store.blocks import BlockStore
 from workers.store.changes import ChangeStore
 from workers.store.conversations import ConversationStore
 from workers.store.device_keys import DeviceKeyStore
+from workers.store.devices import DeviceStore
 from workers.store.errors import StoreUnavailable, store_errors
 from workers.store.heads import HeadReader
 from workers.store.indexes import DAY_SECONDS, PLAIN_COLLECTIONS, RETENTION_INDEX, index_models
@@ -41,7 +42,9 @@ from workers.store.memberships import MembershipStore
 from workers.store.messages import MessageStore
 from workers.store.overviews import OverviewReader
 from workers.store.search import SearchReader
+from workers.store.stays import StayReader
 from workers.store.users import UserStore
+from workers.store.verifications import VerificationStore
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -81,10 +84,13 @@ class Store:
         )
         self.retention_days = retention_days
         self.messages = MessageStore(self.db)
+        self.changes = ChangeStore(self.db)
         self.conversations = ConversationStore(self.db)
         self.marks = MarkStore(self.db)
         self.users = UserStore(self.db)
-        self.changes = ChangeStore(self.db)
+        self.devices = DeviceStore(self.db)
+        self.stays = StayReader(self.db)
+        self.verifications = VerificationStore(self.db)
         self.blocks = BlockStore(self.db)
         self.device_keys = DeviceKeyStore(client, self.db)
         self.heads = HeadReader(client, self.db)

@@ -44,6 +44,11 @@ class BlockStore:
         with store_errors():
             await self._blocks.delete_one({"_id": _name(user_id, blocked_id)})
 
+    async def forget_user(self, user_id: str) -> None:
+        """Whom a deleted account blocked."""
+        with store_errors():
+            await self._blocks.delete_many({"user_id": user_id})
+
     async def listed(self, user_id: str, after: str, limit: int) -> tuple[list[Block], str | None]:
         """At most `limit` of those whom a user blocks, by id, behind one; and where to go on when there are more."""
         wanted = {"user_id": user_id, "blocked_id": {"$gt": after}}

@@ -71,7 +71,27 @@ def index_models(retention_days: int) -> dict[str, list[IndexModel]]:
                 unique=True,
                 partialFilterExpression={field: {"$type": "string"}},
             )
-            for field in ("phone", "email")
+            for field in ("phone", "email", "phone_key", "email_key")
+        ]
+        + [
+            IndexModel(
+                [("unfinished_since", ASCENDING)],
+                name="unfinished",
+                partialFilterExpression={"unfinished_since": {"$exists": True}},
+            ),
+        ],
+        "devices": [
+            IndexModel([("user_id", ASCENDING), ("device_id", ASCENDING)], name="user_device"),
+            IndexModel(
+                [("session_id", ASCENDING)],
+                name="session",
+                partialFilterExpression={"session_id": {"$exists": True}},
+            ),
+            IndexModel([("forget_at", ASCENDING)], name=RETENTION_INDEX, expireAfterSeconds=0),
+        ],
+        "verifications": [
+            IndexModel([("verification_id", ASCENDING)], name="verification"),
+            IndexModel([("expires_at", ASCENDING)], name=RETENTION_INDEX, expireAfterSeconds=0),
         ],
         "device_keys": [
             IndexModel([("user_id", ASCENDING), ("device_id", ASCENDING)], name="user_device"),

@@ -1,0 +1,141 @@
+"""What a change of an account means everywhere else, finished whatever happens: by the request that began it, or by the
+next REST process that finds it unfinished.
+
+Every step may be done twice. The account's document says what is under way (`store.users`), so nothing is lost when a
+process dies between two steps.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING, Final
+
+import anyio
+import structlog
+
+from protocol import keys, records
+from protocol.errors import ErrorCode
+from protocol.models import ConversationType, UserStatus
+from workers import revocation
+from workers.broker import BrokerUnavailable
+from workers.instances import TooManyWaiting
+from workers.rest.desk import now_ms
+from workers.rest.device_keys import retire
+from workers.rest.devices import key_devices
+from workers.rest.shapes import moment_at
+from workers.store.errors import StoreUnavailable
+from workers.store.users import DELETION, READ_RECEIPTS
+
+if TYPE_CHECKING:
+    from workers.rest.desk import Desk
+
+EVERY_SECONDS: Final = 15.0
+ABANDONED_SECONDS: Final = 60.0
+"""Work that began so long ago and has not ended lost its process. Doing it twice at once is harmless."""
+_GONE: Final = frozenset((ErrorCode.NOT_FOUND, ErrorCode.CONVERSATION_NOT_FOUND))
+
+log = structlog.get_logger(__name__)
+
+
+class Undecided(Exception):
+    """An owner did not answer in time: the work stays unfinished."""
+
+
+async def run(desk: Desk) -> None:
+    """Finish what others began and left, until cancelled."""
+    while True:
+        await anyio.sleep(EVERY_SECONDS)
+        try:
+            while await finish_one(desk, ABANDONED_SECONDS):
+                pass
+        except (StoreUnavailable, BrokerUnavailable, TooManyWaiting, Undecided) as error:
+            log.warning("upkeep_interrupted", error=str(error) or type(error).__name__)
+
+
+async def finish_one(desk: Desk, abandoned_seconds: float) -> bool:
+    """Finish the work that was left longest ago; False where there is none. Raises what its steps raise."""
+    now = moment_at(now_ms())
+    found = await desk.store.users.take_unfinished(now - timedelta(seconds=abandoned_seconds), now)
+    if found is None:
+        return False
+    log.info("upkeep_resumed", user_id=found.user_id, work=found.work)
+    await finish(desk, found.user_id, found.work)
+    return True
+
+
+async def finish(desk: Desk, user_id: str, work: str) -> None:
+    """Do all of it, and say so. Raises StoreUnavailable, BrokerUnavailable, TooManyWaiting, Undecided: it stays."""
+    for step in STEPS[work]:
+        await step(desk, user_id)
+    await desk.store.users.finished(user_id, work)
+    log.info("upkeep_finished", user_id=user_id, work=work)
+
+
+# --- deletion --------------------------------------------------------------------------------------------------------
+
+
+async def revoke_everything(desk: Desk, user_id: str) -> None:
+    """No token is good, no connection stays, nobody watches."""
+    await revocation.revoke_others(desk.store, desk.broker, user_id, None, now_ms())
+    await desk.broker.publish_presence(user_id, records.PresenceChange(UserStatus.OFFLINE, 0, hidden_from="*"))
+
+
+async def leave_groups(desk: Desk, user_id: str) -> None:
+    """Through the log, as anybody leaves. A 1:1 conversation stays: it is the other's as well."""
+    async for page in desk.store.stays.stays(user_id, live=True):
+        for stay in page:
+            if stay.conversation.conversation_type is not ConversationType.GROUP:
+                continue
+            conversation_id = stay.membership.conversation_id
+            record = records.RemoveParticipant(
+                desk.instance.instance_id,
+                desk.new_id("req"),
+                f"cmd_gone_{user_id}",
+                conversation_id,
+                user_id,
+                user_id,
+            )
+            shard = keys.shard_of(conversation_id, desk.settings.shards)
+            outcome = await desk.instance.command(shard, record, desk.settings.command_timeout_seconds)
+            if outcome is None or (outcome.code is not None and outcome.code not in _GONE):
+                raise Undecided(f"leaving {conversation_id}")
+
+
+async def forget_keys(desk: Desk, user_id: str) -> None:
+    """The devices' public keys, and word of it to those who had them."""
+    for device_id in await key_devices(desk, user_id):
+        await retire(desk.store, desk.broker, user_id, device_id)
+    await desk.store.device_keys.forget_user(user_id)
+
+
+async def forget_blocks(desk: Desk, user_id: str) -> None:
+    """Whom the account blocked."""
+    await desk.store.blocks.forget_user(user_id)
+
+
+async def forget_devices(desk: Desk, user_id: str) -> None:
+    """The devices and their sessions, and what waited for them."""
+    await desk.store.devices.forget_user(user_id)
+    await desk.broker.forget_inbox(user_id)
+
+
+# --- read receipts ---------------------------------------------------------------------------------------------------
+
+
+async def tell_owners(desk: Desk, user_id: str) -> None:
+    """Every owner of a live conversation hears whether the account hides what it has read."""
+    privacy = (await desk.store.users.privacy([user_id])).get(user_id)
+    if privacy is None:
+        return
+    async for page in desk.store.stays.stays(user_id, live=True):
+        for stay in page:
+            conversation_id = stay.membership.conversation_id
+            record = records.SetMember(conversation_id, user_id, not privacy.read_receipts, None)
+            await desk.broker.append_ingest(keys.shard_of(conversation_id, desk.settings.shards), record)
+
+
+STEPS: Final = {
+    DELETION: (revoke_everything, leave_groups, forget_keys, forget_blocks, forget_devices),
+    READ_RECEIPTS: (tell_owners,),
+}
+"""Work → its steps, in order. Each may be repeated."""
