@@ -21,6 +21,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
         "bench.gateway_cost",
         "CPU per message and memory per connection of both transports and three echo servers",
     ),
+    "drain": ("bench.drain", "stop and start every gateway in turn under load: nobody loses anything"),
     "locust": ("bench.locust_run", "a short headless locust run with its HTML report"),
     "reference": ("bench.reference", "write docs/reference.md: every frame, route and code, from the code"),
 }

@@ -53,6 +53,13 @@ class Process(msgspec.Struct, frozen=True):
     popen: subprocess.Popen[bytes]
     log: Path
     port: int | None
+    arguments: list[str]
+    environment: dict[str, str]
+
+    @property
+    def ws_url(self) -> str:
+        """Where clients of a gateway connect."""
+        return f"ws://{HOST}:{self.port}{WS_PATH}"
 
     @property
     def is_ready(self) -> bool:
@@ -75,6 +82,8 @@ class Stack(msgspec.Struct, frozen=True):
     environment: dict[str, str] = {}
     """What every process of this stack was started with, for starting one more of them."""
     log_dir: Path | None = None
+    processes: list[Process] = []
+    """What runs; empty where it was attached to. `start_again` changes it."""
 
 
 def attach(*, gateway_port: int = DEFAULT_GATEWAY_PORT, rest_port: int = DEFAULT_REST_PORT, host: str = HOST) -> Stack:
@@ -92,7 +101,7 @@ def run_stack(
     *,
     gateways: int = 1,
     workers: int = 1,
-    transport: str = "epoll",
+    transport: str | Sequence[str] = "epoll",
     settings: Mapping[str, str] | None = None,
     services: Services | None = None,
     roles: Sequence[str] = ("ingest", "query"),
@@ -102,7 +111,8 @@ def run_stack(
 
     `settings` are `TRIREME_*` variables over the defaults (rate limits out of the way). Without `services` the stack
     has a Valkey and a mongod of its own; without `data_dir` everything it writes goes when it ends. To be called from
-    the main thread: the processes end with the thread that started them.
+    the main thread: the processes end with the thread that started them. Of several transports the gateways take one
+    in turn.
 
     Resource handling: the processes get SIGTERM together and SIGKILL after 5 s; they also end with this process.
     Raises StackError or ServicesError, with the end of the log of whoever failed.
@@ -110,7 +120,8 @@ def run_stack(
     with ExitStack() as exits:
         directory = data_dir or Path(exits.enter_context(tempfile.TemporaryDirectory(prefix="trireme-")))
         backing = services or exits.enter_context(run_services(directory / "services"))
-        environment = _environment(backing, transport, settings or {})
+        transports = [transport] if isinstance(transport, str) else list(transport)
+        environment = _environment(backing, transports[0], settings or {})
         processes: list[Process] = []
         exits.callback(_end, processes)
         for number in range(workers):
@@ -119,13 +130,15 @@ def run_stack(
         for number in range(gateways):
             port = free_port()
             own = {**environment, "TRIREME_GATEWAY_PORT": str(port)}
+            if len(transports) > 1:
+                own["TRIREME_GATEWAY_TRANSPORT"] = transports[number % len(transports)]
             processes.append(_start("gateway", f"gateway-{number + 1}", ["-m", "gateway"], own, directory, port))
         rest_port = free_port()
         own = {**environment, "TRIREME_REST_PORT": str(rest_port)}
         processes.append(_start("rest", "rest", ["-m", "workers", "rest"], own, directory, rest_port))
         wait_ready(processes)
         yield Stack(
-            ws_urls=tuple(f"ws://{HOST}:{process.port}{WS_PATH}" for process in processes if process.role == "gateway"),
+            ws_urls=tuple(process.ws_url for process in processes if process.role == "gateway"),
             rest_url=f"http://{HOST}:{rest_port}",
             admin_token=environment.get("TRIREME_ADMIN_TOKEN", dev_keys.ADMIN_TOKEN),
             pids=_pids(backing, processes),
@@ -133,7 +146,19 @@ def run_stack(
             mongodb_url=backing.mongodb_url,
             environment=environment,
             log_dir=directory,
+            processes=processes,
         )
+
+
+def start_again(stack: Stack, process: Process) -> Process:
+    """The successor of a process of this stack that has ended: same program, settings and port. It is not ready yet.
+
+    To be called from the main thread, as `run_stack`. Raises ServicesError.
+    """
+    popen = spawn([sys.executable, *process.arguments], process.log, process.environment, PROJECT)
+    successor = msgspec.structs.replace(process, popen=popen)
+    stack.processes[stack.processes.index(process)] = successor
+    return successor
 
 
 def _pids(backing: Services, processes: Sequence[Process]) -> dict[str, list[int]]:
@@ -162,7 +187,7 @@ def _start(
 ) -> Process:
     log = directory / f"{name}.log"
     popen = spawn([sys.executable, *arguments], log, environment, PROJECT)
-    return Process(role, name, popen, log, port)
+    return Process(role, name, popen, log, port, arguments, environment)
 
 
 def wait_ready(processes: Sequence[Process]) -> None:
