@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 RECENT_LINES: Final = 40
 """People react to, edit and delete what was said lately."""
 EMOJIS: Final = ("\N{THUMBS UP SIGN}", "\N{HEAVY BLACK HEART}", "\N{FACE WITH TEARS OF JOY}", ":ubuntu:", "+1")
+TAKEN_BACK: Final = 0.15
+"""Of the reactions that somebody still can take back."""
 SPELL_LINES: Final = (20, 120)
 """For so many lines somebody stays silenced, banned or away."""
 ADMINS: Final = 3
@@ -147,8 +149,7 @@ class Pastimes:
         self._follow(phone, key, "deleted" if for_all else "hidden", line)
 
     async def _react(self, index: int) -> None:
-        line, person = self._draw_visible()
-        emoji = self._random.choice(EMOJIS)
+        line, person, emoji = self._draw_reaction()
         if line is None or person in self._room.silenced or (person, line.number) in self._hidden:
             return
         message_id = await self._room.message_id(line.number)
@@ -164,6 +165,24 @@ class Pastimes:
         phone = self._room.phone_of[person]
         key = await phone.react_nowait(self._room.conversation_id, message_id, emoji, op)
         self._follow(phone, key, "reacted" if adds else "unreacted", line)
+
+    def _draw_reaction(self) -> tuple[Line | None, int, str]:
+        """What somebody reacts to and how; or a reaction of theirs, to be taken back."""
+        line, person = self._draw_visible()
+        emoji = self._random.choice(EMOJIS)
+        if self._random.random() < TAKEN_BACK:
+            room = self._room
+            given = [
+                (recent, who, one)
+                for recent in self._recent
+                if recent.number not in self._deleted
+                for who in room.members
+                if room.joined_at[who] <= recent.number
+                for one in sorted(self._reactions.get((who, recent.number), ()))
+            ]
+            if given:
+                return self._random.choice(given)
+        return line, person, emoji
 
     def _draw_own(self) -> Line | None:
         """A recent line whose author is still there, may speak, and has not lost it."""

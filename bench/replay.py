@@ -193,6 +193,11 @@ class Replay:
         if len(violations) > SHOWN_VIOLATIONS:
             violations = [*violations[:SHOWN_VIOLATIONS], f"and {len(violations) - SHOWN_VIOLATIONS} more"]
         rooms = {room.transcript.name: msgspec.structs.asdict(room.counts) for room in self.rooms}
+        pastimes = {
+            room.transcript.name: msgspec.structs.asdict(room.pastimes.counts)
+            for room in self.rooms
+            if room.pastimes is not None
+        }
         totals = _total([room.counts for room in self.rooms], RoomCounts)
         phones = [phone for room in self.rooms for phone in room.phones if phone.client.connection]
         counts = self._ledger.counts
@@ -219,7 +224,7 @@ class Replay:
             "cpu_seconds": {role: round(seconds, 1) for role, seconds in self._cpu_seconds.items()},
             "machine": figures.machine(),
             "commit": figures.commit(),
-            "rooms": rooms,
+            "rooms": {name: counts | pastimes.get(name, {}) for name, counts in rooms.items()},
             "verdict": figures.verdict(violations),
         }
 

@@ -69,7 +69,7 @@ def test_a_small_log_ends_with_ok(stack: Stack) -> None:
 
 def test_a_log_with_everything_people_do_ends_with_ok(stack: Stack) -> None:
     often = Shares(edits=0.2, deletions=0.1, reactions=0.5, admin=0.3, settings=0.1, churn=0.1)
-    lines = [f"[10:{minute % 60:02}] <{'abcdefgh'[minute % 8]}> line {minute}\n" for minute in range(160)]
+    lines = [f"[10:{minute % 60:02}] <{'abcdefgh'[minute % 8]}> line {minute}\n" for minute in range(110)]
     replay = Replay(stack, [parse("busy", "".join(lines))], None, seed=5, shares=often)
     trio.run(replay.run)
     report = replay.report()
