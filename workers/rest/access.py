@@ -102,9 +102,6 @@ def shape_guard(connection: Connection, handler: BaseRouteHandler) -> None:
         if value.lower() == "null":
             # The framework would take it for an absent one.
             raise RestError(ErrorCode.VALIDATION_FAILED, f"{name}: null is no value")
-        if value.lower() == "null":
-            # The framework would take it for an absent one.
-            raise RestError(ErrorCode.VALIDATION_FAILED, f"{name}: null is no value")
         if name in seen:
             raise RestError(ErrorCode.VALIDATION_FAILED, f"{name}: given more than once")
         seen.add(name)
