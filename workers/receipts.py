@@ -14,10 +14,10 @@ import msgspec
 
 from protocol import codec, frames, keys, records
 from protocol.watermarks import unread
-from workers import metrics
+from workers import group_receipts, metrics
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from workers.conversations import Conversations, Member, Owned
     from workers.delivery import Courier, Down
@@ -29,7 +29,7 @@ RECENT_MESSAGES = 50_000
 bytes each).
 """
 GROUP_AUTHORS_SPAN = 1000
-"""Most messages whose authors hear of one move of a group's mark; older ones see it when they next read."""
+"""Most messages whose authors hear of one tick's moves in a group; older ones see it when they next read."""
 
 
 class Place(NamedTuple):
@@ -183,7 +183,7 @@ class Receipts:
 
     async def tell(self, down: Down, now_ms: int) -> None:
         """Add `receipt_update` frames for the authors concerned, and badges for the reader's other devices. Raises
-        BrokerUnavailable.
+        BrokerUnavailable, StoreUnavailable.
         """
         replied, self._conversations.replied = self._conversations.replied, set()
         for key in replied:
@@ -194,44 +194,41 @@ class Receipts:
                 {name: keys.shard_of(name, self._shards) for name, _ in moved if self._conversations.get(name) is None}
             )
             notices: list[tuple[Sequence[str], bytes]] = []
-            groups: dict[str, str] = {}
+            groups: dict[str, list[str]] = {}
             for (conversation_id, user_id), what in moved.items():
                 owned = self._conversations.get(conversation_id)
                 if owned is None or user_id not in owned.members:
                     continue
                 if owned.is_group:
-                    groups[conversation_id] = user_id
+                    groups.setdefault(conversation_id, []).append(user_id)
                 else:
-                    member = owned.members[user_id]
-                    authors = [other for other in owned.roster if other != user_id]
-                    notices.append((authors, _update(owned, user_id, member.delivered, member.read, now_ms)))
+                    notices += _direct_update(owned, owned.members[user_id], what, now_ms)
                 if what.read and await self._courier.devices(user_id) > 1:
                     notices.append(_badge(owned, owned.members[user_id]))
-            for conversation_id, user_id in groups.items():
+            told = []
+            for conversation_id, user_ids in groups.items():
                 if (owned := self._conversations.get(conversation_id)) is not None:
-                    notices += await self._group_updates(owned, user_id, now_ms)
+                    told.append((owned, _shown(owned, user_ids)))
+                    notices += await self._group_updates(owned, user_ids, now_ms)
             await self._courier.notify(notices, down)
+            for owned, marks in told:
+                owned.announced.update(marks)
         except BaseException:
             self._moved = moved | self._moved
             raise
         metrics.RECEIPTS.labels("told").inc(len(moved))
 
-    async def _group_updates(self, owned: Owned, user_id: str, now_ms: int) -> list[tuple[Sequence[str], bytes]]:
-        """Each author hears how far all the others have come, where that has changed."""
-        before, marks = owned.announced, owned.group_marks()
-        if marks == before:
+    async def _group_updates(self, owned: Owned, user_ids: list[str], now_ms: int) -> list[tuple[Sequence[str], bytes]]:
+        """One frame for each author of whose messages somebody else has just stored or read one."""
+        steps = group_receipts.steps(owned, user_ids)
+        if not steps:
             return []
-        top = max(marks.delivered.others, marks.read.others)
-        bottom = max(min(before.delivered.mark, before.read.mark), top - GROUP_AUTHORS_SPAN)
-        authors = await self._messages.senders(owned.conversation_id, bottom, top)
-        owned.announced = marks
-        reached: dict[tuple[int, int], list[str]] = {}
-        for author in authors & owned.members.keys():
-            now = marks.for_author(author)
-            if now != before.for_author(author):
-                reached.setdefault(now, []).append(author)
+        top = max(step.through for step in steps)
+        bottom = max(min(step.after for step in steps), top - GROUP_AUTHORS_SPAN)
+        messages = await self._messages.authors(owned.conversation_id, bottom, top)
         return [
-            (users, _update(owned, user_id, delivered, read, now_ms)) for (delivered, read), users in reached.items()
+            ((author,), group_receipts.frame(owned, author, sequence, mover, now_ms))
+            for author, (sequence, mover) in group_receipts.concerned(owned, steps, messages).items()
         ]
 
     async def flush(self, lazy: bool) -> None:
@@ -250,17 +247,25 @@ class Receipts:
             raise
 
 
-def _update(owned: Owned, user_id: str, delivered: int, read: int, now_ms: int) -> bytes:
-    """Both marks as they stand; a mark that is still at nothing is left out."""
+def _shown(owned: Owned, user_ids: Iterable[str]) -> dict[str, tuple[int, int]]:
+    return {name: owned.members[name].shown_marks() for name in user_ids if name in owned.members}
+
+
+def _direct_update(owned: Owned, member: Member, what: _Moved, now_ms: int) -> list[tuple[Sequence[str], bytes]]:
+    """Both marks as they stand, for the other one of the two; a mark that is still at nothing is left out. Who hides
+    what they read tells nothing by reading."""
+    if not what.delivered and member.hide_reads:
+        return []
+    delivered, read = member.shown_marks()
     payload = frames.ReceiptUpdatePayload(
         conversation_id=owned.conversation_id,
-        user_id=user_id,
+        user_id=member.user_id,
         delivered_through=delivered or msgspec.UNSET,
         read_through=read or msgspec.UNSET,
-        participant_count=len(owned.members) if owned.is_group else msgspec.UNSET,
         timestamp=now_ms,
     )
-    return codec.JSON.encode(frames.ReceiptUpdate(payload=payload))
+    authors = [other for other in owned.roster if other != member.user_id]
+    return [(authors, codec.JSON.encode(frames.ReceiptUpdate(payload=payload)))]
 
 
 def _badge(owned: Owned, member: Member) -> tuple[Sequence[str], bytes]:

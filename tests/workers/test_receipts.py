@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
+from msgspec import UNSET
 
-from protocol import records
+from protocol import frames, keys, records
 from protocol.models import ConversationType
-from tests.workers.lanes import crashing_lane, eventually, run_lane, settled, shown
+from tests.workers.lanes import SHARDS, crashing_lane, eventually, run_lane, settled, shown
 from workers.store.errors import StoreUnavailable
 
 if TYPE_CHECKING:
@@ -86,22 +87,107 @@ async def test_a_strangers_receipt_is_ignored(yard: Yard) -> None:
     assert member["delivered_seq"] == 0
 
 
-async def test_a_group_message_is_delivered_when_all_have_it(yard: Yard) -> None:
+async def test_the_author_of_a_group_message_hears_how_many_have_it(yard: Yard) -> None:
     await yard.connect("ann", "bob", "cat")
     async with run_lane(yard):
         group = await yard.create("ann", "bob", "cat", kind=ConversationType.GROUP)
         await yard.send(group, "ann", "k1")
         (ack,) = await yard.acks(1)
         message_id = ack["payload"]["message_id"]
-        await yard.delivered(message_id, "bob")
+        told = []
+        for mark in (
+            yard.delivered(message_id, "bob"),
+            yard.delivered(message_id, "cat"),
+            yard.read(message_id, "bob"),
+        ):
+            await mark
+            told += await receipts(yard, 1)
+    assert [users for users, _ in told] == [["ann"]] * 3, "nobody but the author"
+    first, second, third = (update for _, update in told)
+    assert (first.user_id, first.delivered_count, first.read_count, first.participant_count) == ("bob", 1, 0, 2)
+    assert (first.sequence_number, first.delivered_through, first.read_through) == (2, UNSET, UNSET)
+    assert (second.user_id, second.delivered_count, second.delivered_through) == ("cat", 2, 2)
+    assert (third.delivered_count, third.read_count, third.read_through) == (2, 1, UNSET)
+
+
+async def test_a_tick_tells_each_author_once_about_their_newest_message_concerned(yard: Yard) -> None:
+    people = ["ann", "bob", "cat", "dan"]
+    await yard.connect(*people)
+    async with run_lane(yard):
+        group = await yard.create(*people, kind=ConversationType.GROUP)
+        for number, sender in enumerate(("ann", "ann", "bob", "ann")):
+            await yard.send(group, sender, f"k{number}")
+        ids = [ack["payload"]["message_id"] for ack in await yard.acks(4)]
+        await eventually(lambda: settled(yard))
+        both = [records.DeliveredMark(name, "d1", ids[2]) for name in ("cat", "dan")]
+        shard = keys.shard_of(group, SHARDS)
+        await yard.broker.append_ingest(shard, records.Receipts(both, []))
+        told = await receipts(yard, 2)
         await eventually(lambda: settled(yard))
         await anyio.sleep(0.2)
-        assert not [i for i in yard.down if isinstance(i, records.Notice)]
-        await yard.delivered(message_id, "cat")
+    assert not [item for item in yard.down if is_receipt(item)]
+    by_author = {users[0]: update for users, update in told}
+    assert set(by_author) == {"ann", "bob"}
+    assert (by_author["ann"].sequence_number, by_author["ann"].delivered_count) == (3, 2)
+    assert (by_author["bob"].sequence_number, by_author["bob"].delivered_count) == (4, 2)
+
+
+async def test_who_came_later_is_not_counted(yard: Yard) -> None:
+    await yard.connect("ann", "bob", "cat")
+    async with run_lane(yard):
+        group = await yard.create("ann", "bob", kind=ConversationType.GROUP)
+        await yard.send(group, "ann", "k1")
+        (ack,) = await yard.acks(1)
+        await yard.add(group, "ann", "cat")
+        await yard.next_down(records.CommandOutcome, 2)
+        await yard.delivered(ack["payload"]["message_id"], "bob")
+        ((_, update),) = await receipts(yard, 1)
+    assert (update.delivered_count, update.participant_count, update.delivered_through) == (1, 1, 2)
+
+
+async def test_who_hides_what_they_read_moves_no_read_mark_but_their_own_badge(yard: Yard) -> None:
+    await yard.connect("ann", "bob", "cat")
+    async with run_lane(yard):
+        conv = await yard.create("ann", "bob")
+        group = await yard.create("ann", "bob", "cat", kind=ConversationType.GROUP)
+        for name in (conv, group):
+            await yard.put(records.SetMember(name, "bob", True, None), name)
+        await yard.send(conv, "ann", "k1")
+        (direct,) = await yard.acks(1)
+        await yard.send(group, "ann", "k2")
+        (shared,) = await yard.acks(1)
+        told = []
+        for ack in (direct, shared):
+            await yard.delivered(ack["payload"]["message_id"], "bob")
+            told += await receipts(yard, 1)
+            await yard.read(ack["payload"]["message_id"], "bob")
+            await eventually(lambda: settled(yard))
+        await anyio.sleep(0.2)
+        assert not [item for item in yard.down if is_receipt(item)], "reading tells nobody"
+        await yard.read(shared["payload"]["message_id"], "cat")
+        told += await receipts(yard, 1)
+        standing = {at.membership["conversation_id"]: at.unread for at in await yard.store.heads.standings("bob")}
+    assert [(update.delivered_through, update.read_through) for _, update in told] == [
+        (1, UNSET),
+        (UNSET, UNSET),
+        (2, UNSET),
+    ]
+    assert (told[2][1].delivered_count, told[2][1].read_count) == (2, 1)
+    assert standing == {conv: 0, group: 0}
+
+
+def is_receipt(item: records.DownItem) -> bool:
+    return isinstance(item, records.Notice) and isinstance(shown(item.frame), frames.ReceiptUpdatePayload)
+
+
+async def receipts(yard: Yard, count: int) -> list[tuple[list[str], frames.ReceiptUpdatePayload]]:
+    """The next receipt updates, with whom they are for; other notices are passed over."""
+    found: list[tuple[list[str], frames.ReceiptUpdatePayload]] = []
+    while len(found) < count:
         (notice,) = await yard.next_down(records.Notice, 1)
-    update = shown(notice.frame)
-    assert notice.users == ["ann"]
-    assert (update.user_id, update.delivered_through) == ("cat", 2)
+        if is_receipt(notice):
+            found.append((notice.users, shown(notice.frame)))
+    return found
 
 
 async def test_a_device_id_with_dots_has_a_cursor(yard: Yard) -> None:

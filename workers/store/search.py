@@ -184,7 +184,7 @@ class SearchReader:
             if not joined:
                 return [], None
             pipeline = everywhere_pipeline(joined, wanted.filter(user_id, _now()), wanted, before, limit + 1)
-            found = await (await self._messages.aggregate(pipeline)).to_list()
+            found = await (await self._messages.aggregate(pipeline, hint=SEQUENCE_INDEX)).to_list()
             audiences = await self._audiences(user_id, {document["conversation_id"] for document in found})
         page = [
             audiences[document["conversation_id"]].show(document)
