@@ -1,4 +1,5 @@
-"""Locust's WebSocket user: connect, authenticate, send, await the ack and the delivery, confirm, read.
+"""Locust's WebSocket user: connect, authenticate, send, await the ack and the delivery, confirm, read; now and then
+edit, react, type, and watch whether the other is there.
 
 Run by `python -m bench locust`, or by hand (`TRIREME_REST_URL` and `TRIREME_ADMIN_TOKEN` name the stack, `--host` its
 gateway). Locust patches the standard library through gevent: nothing else imports this file, and it imports no server
@@ -19,6 +20,8 @@ import websocket
 RECEIVE_SECONDS = 10.0
 PACING_SECONDS = 0.25
 CONTENT = "x" * 120
+TYPING_SECONDS = 3.5
+"""Typing is passed on at most once in 3 s."""
 
 
 def call_rest(path: str, body: dict[str, Any], token: str) -> dict[str, Any]:
@@ -56,12 +59,18 @@ class Phone:
 
     def wait_for(self, tag: str) -> dict[str, Any]:
         """The next frame with this tag; others are passed over, refusals raise ConnectionError."""
-        while True:
+        return self.wait_for_both(tag)[tag]
+
+    def wait_for_both(self, *tags: str) -> dict[str, dict[str, Any]]:
+        """The next frame with each of these tags, in whatever order they come; otherwise as `wait_for`."""
+        found: dict[str, dict[str, Any]] = {}
+        while len(found) < len(tags):
             frame: dict[str, Any] = json.loads(self._socket.recv())
-            if frame["type"] == tag:
-                return frame
-            if frame["type"] in ("error", "auth_error"):
+            if frame["type"] in tags:
+                found[frame["type"]] = frame
+            elif frame["type"] in ("error", "auth_error"):
                 raise ConnectionError(json.dumps(frame))
+        return found
 
     def close(self) -> None:
         if self._socket is not None:
@@ -69,7 +78,7 @@ class Phone:
 
 
 class Talker(User):
-    """Two phones of a 1:1 conversation: one sends, the other confirms and reads."""
+    """Two phones of a 1:1 conversation: one sends, the other confirms and reads; `count` is where their log stands."""
 
     wait_time = constant_pacing(PACING_SECONDS)
 
@@ -80,6 +89,8 @@ class Talker(User):
         self.alice, self.bob = Phone(url, f"alice {self.mark}"), Phone(url, f"bob {self.mark}")
         body = {"type": "1:1", "participants": [self.alice.user_id, self.bob.user_id]}
         self.conversation_id = call_rest("/v1/conversations", body, self.alice.token)["_id"]
+        self.last_id = ""
+        self.typed_at = 0.0
         for phone in (self.alice, self.bob):
             self.timed("connect", phone.connect)
 
@@ -87,7 +98,7 @@ class Talker(User):
         self.alice.close()
         self.bob.close()
 
-    @task
+    @task(20)
     def talk(self) -> None:
         """One message from send to delivered and read."""
         self.count += 1
@@ -112,8 +123,71 @@ class Talker(User):
         """The n-th message of this conversation is acknowledged with sequence n."""
         self.alice.send(frame)
         ack = self.alice.wait_for("message_ack")
+        self.last_id = ack["payload"]["message_id"]
         if ack["payload"]["sequence_number"] != self.count:
             raise ValueError(f"message {self.count} acked as {ack['payload']['sequence_number']}")
+
+    @task(2)
+    def react(self) -> None:
+        """The other one reacts to the last message, and takes it back."""
+        if self.last_id:
+            for op in ("add", "remove"):
+                self.change("reaction", self.bob, {"emoji": "+1", "op": op})
+
+    @task(1)
+    def edit(self) -> None:
+        """The last message is changed."""
+        if self.last_id:
+            self.change("message_edit", self.alice, {"content": f"{CONTENT}{self.count}"})
+
+    def change(self, tag: str, actor: Phone, fields: dict[str, str]) -> None:
+        """A change of the last message: an entry of the log, for both, with the next sequence."""
+        self.count += 1
+        named = {
+            "idempotency_key": f"{self.mark}-{self.count}",
+            "conversation_id": self.conversation_id,
+            "message_id": self.last_id,
+        }
+        other = self.bob if actor is self.alice else self.alice
+        self.timed(tag, lambda: self.send_change(actor, {"type": tag, "payload": {**named, **fields}}))
+        self.timed(f"{tag} to delivered", lambda: self.check_change(other.wait_for("messages")))
+
+    def send_change(self, actor: Phone, frame: dict[str, Any]) -> None:
+        actor.send(frame)
+        got = actor.wait_for_both("message_ack", "messages")
+        if got["message_ack"]["payload"]["sequence_number"] != self.count:
+            raise ValueError(f"change {self.count} acked as {got['message_ack']['payload']['sequence_number']}")
+        self.check_change(got["messages"])
+
+    def check_change(self, pushed: dict[str, Any]) -> None:
+        got = [(row["sequence_number"], row["target_message_id"]) for row in pushed["payload"]["messages"]]
+        if got != [(self.count, self.last_id)]:
+            raise ValueError(f"expected change {self.count}, got {[sequence for sequence, _ in got]}")
+
+    @task(1)
+    def write_slowly(self) -> None:
+        """The other one sees that somebody is typing."""
+        if time.monotonic() - self.typed_at < TYPING_SECONDS:
+            return
+        self.typed_at = time.monotonic()
+        payload = {"conversation_id": self.conversation_id, "state": "start"}
+        self.alice.send({"type": "typing", "payload": payload})
+        self.timed("typing", lambda: self.bob.wait_for("typing"))
+        self.alice.send({"type": "typing", "payload": {**payload, "state": "stop"}})
+        self.timed("typing stopped", lambda: self.bob.wait_for("typing"))
+
+    @task(1)
+    def look_who_is_there(self) -> None:
+        """Watch the other one, and stop watching."""
+        payload = {"user_ids": [self.alice.user_id]}
+        self.bob.send({"type": "presence_subscribe", "payload": payload})
+        self.timed("presence", self.await_presence)
+        self.bob.send({"type": "presence_unsubscribe", "payload": payload})
+
+    def await_presence(self) -> None:
+        status = self.bob.wait_for("presence")["payload"]["status"]
+        if status != "online":
+            raise ValueError(f"alice is connected and said to be {status}")
 
     def confirm(self, pushed: dict[str, Any], now_ms: int) -> None:
         """Deliver and read what was pushed, which must be exactly the message just sent."""
