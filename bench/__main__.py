@@ -14,6 +14,7 @@ from typing import Final
 COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "services": ("bench.services", "local Valkey and mongod, until stopped"),
     "replay": ("bench.replay", "replay real chat logs as groups and check every message"),
+    "e2ee": ("bench.e2ee", "end-to-end encryption: Olm and Megolm on a real system, and nothing readable left behind"),
     "direct": ("bench.load", "load: durable 1:1 messages with delivery receipts"),
     "group": ("bench.group_load", "load: fan-out in full groups"),
     "persist": ("bench.persist", "documents per second through the ingest worker against bare insert_many"),
