@@ -119,7 +119,7 @@ class Watch:
             drain = self.drain
             if drain is not None and user_id in drain.users:
                 drain.back.setdefault(user_id, (event.at - drain.began, event.migrated))
-        elif isinstance(event, journal.Closed):
+        elif isinstance(event, journal.Closed) and user_id in self.longest_gap:
             self._away_since.setdefault(user_id, event.at)
         elif isinstance(event, journal.Sent):
             self._sent_at.setdefault((user_id, event.idempotency_key), event.at)
@@ -159,6 +159,8 @@ class Run:
                 self._phones.append((conversation_id, phone))
         self._period = len(self._phones) / rate
         self._random = random.Random(seed)
+        self._lateness = figures.Latencies()
+        """Of the phones themselves: where it is seconds, this process measures itself."""
 
     async def run(self) -> None:
         """Within a bound; what goes wrong becomes part of the verdict."""
@@ -203,6 +205,7 @@ class Run:
         number = 0
         while True:
             await trio.sleep_until(due)
+            self._lateness.add(trio.current_time() - due)
             due += self._period
             number += 1
             await phone.send_nowait(conversation_id, f"{phone.client.user_id}/{number}")
@@ -250,6 +253,7 @@ class Run:
             "sent_again": counts["retried"],
             "frames_delivered": counts["pushed"],
             "ack_ms": self.watch.ack_latency.summary_ms(),
+            "phones_late_ms": self._lateness.summary_ms(),
             "moved": moved,
             "by_ticket": sum(by_ticket for _, by_ticket in back),
             "by_reconnect": sum(not by_ticket for _, by_ticket in back),
