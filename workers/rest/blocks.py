@@ -27,7 +27,7 @@ from workers.store.blocks import Block
 async def list_blocks(
     request: CallerRequest,
     desk: DeskDependency,
-    cursor: Annotated[str | None, QueryParameter(pattern=r"^[A-Za-z0-9_.:-]{1,64}$", required=False)] = None,
+    cursor: Annotated[str | None, QueryParameter(pattern=r"\A[A-Za-z0-9_.:-]{1,64}\Z", required=False)] = None,
     limit: Limit = 50,
 ) -> Listing[Block]:
     """By id."""

@@ -12,6 +12,7 @@ from msgspec import UNSET, Meta, UnsetType
 from protocol import keys, records
 from protocol.errors import ErrorCode
 from protocol.models import GROUP_LIMIT, Conversation, ConversationType, Id
+from workers.groups import LONGEST_DISAPPEARING_SECONDS, TITLE_LIMIT
 from workers.rest import commands
 from workers.rest.access import actor_guard, shape_guard, user_guard
 from workers.rest.desk import Desk, DeskDependency
@@ -33,9 +34,8 @@ from workers.store.overviews import Overview, Place
 
 NAMED_LIMIT: Final = 1000
 """Most ids a body may name; more than a group holds, so that "too many" can be said properly."""
-YEAR_SECONDS: Final = 365 * 86_400
 
-Title = Annotated[str, Meta(max_length=128)]
+Title = Annotated[str, Meta(max_length=TITLE_LIMIT, pattern=r"\A[^\x00-\x1f\x7f-\x9f]*\Z")]
 
 
 class NewConversation(msgspec.Struct, frozen=True):
@@ -51,7 +51,7 @@ class ConversationChange(msgspec.Struct, frozen=True):
     """What is left out stays. `disappearing_seconds`: how long messages sent from now on are kept; 0: for ever."""
 
     title: Title | UnsetType = UNSET
-    disappearing_seconds: Annotated[int, Meta(ge=0, le=YEAR_SECONDS)] | UnsetType = UNSET
+    disappearing_seconds: Annotated[int, Meta(ge=0, le=LONGEST_DISAPPEARING_SECONDS)] | UnsetType = UNSET
 
 
 @post(
@@ -124,7 +124,7 @@ async def list_conversations(
     desk: DeskDependency,
     archived: Annotated[Flag | None, QueryParameter(required=False)] = None,
     cursor: Annotated[
-        str | None, QueryParameter(pattern=r"^[0-9]{1,15}\.[A-Za-z0-9_.:-]{1,64}$", required=False)
+        str | None, QueryParameter(pattern=r"\A[0-9]{1,15}\.[A-Za-z0-9_.:-]{1,64}\Z", required=False)
     ] = None,
     limit: Limit = 50,
 ) -> Listing[Overview]:

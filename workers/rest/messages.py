@@ -32,7 +32,7 @@ from workers.rest.shapes import (
 from workers.store.logs import NotVisible
 from workers.store.search import NotAuthor, Receipt
 
-PathEmoji = Annotated[str, PathParameter(pattern=r"^[^\x00-\x1f\x7f/]{1,64}$")]
+PathEmoji = Annotated[str, PathParameter(pattern=r"\A[^\x00-\x1f\x7f/]{1,64}\Z")]
 
 _SEND_ERRORS = (
     ErrorCode.CONVERSATION_NOT_FOUND,
@@ -142,7 +142,7 @@ async def list_receipts(
     conversation_id: PathId,
     message_id: PathId,
     desk: DeskDependency,
-    cursor: Annotated[str | None, QueryParameter(pattern=r"^[A-Za-z0-9_.:-]{1,64}$", required=False)] = None,
+    cursor: Annotated[str | None, QueryParameter(pattern=r"\A[A-Za-z0-9_.:-]{1,64}\Z", required=False)] = None,
     limit: Limit = 50,
 ) -> Listing[Receipt]:
     """For its author, by user id; 403 `forbidden` for others. Who hides what they have read shows no `read`."""

@@ -26,7 +26,7 @@ _STEP_ERRORS = (
     ErrorCode.FORBIDDEN,
     ErrorCode.OVERLOADED,
 )
-_Cursor = Annotated[str | None, QueryParameter(pattern=r"^[A-Za-z0-9_.:-]{1,64}$", required=False)]
+_Cursor = Annotated[str | None, QueryParameter(pattern=r"\A[A-Za-z0-9_.:-]{1,64}\Z", required=False)]
 """The last user id of the page before."""
 
 
@@ -85,7 +85,7 @@ async def add_participants(
 @patch(
     "/v1/conversations/{conversation_id:str}/participants/{user_id:str}",
     guards=[user_guard, shape_guard],
-    opt={"errors": _STEP_ERRORS},
+    opt={"errors": (*_STEP_ERRORS, ErrorCode.CONFLICT)},
     summary="Promote, demote or silence a participant",
 )
 async def change_participant(
@@ -96,7 +96,10 @@ async def change_participant(
     desk: DeskDependency,
     idempotency_key: IdempotencyHeader = None,
 ) -> Participant:
-    """200 with the participant as they are then; 403 `forbidden` for who may not change that."""
+    """200 with the participant as they are then; 403 `forbidden` for who may not change that.
+
+    409 `conflict` for the role of the last owner: a group keeps one.
+    """
     actor = request.user.user
     await _own_role(desk, conversation_id, actor)
     if not isinstance(data.role, UnsetType):
@@ -151,7 +154,7 @@ async def list_bans(
     "/v1/conversations/{conversation_id:str}/bans/{user_id:str}",
     guards=[user_guard, shape_guard],
     status_code=200,
-    opt={"errors": _STEP_ERRORS},
+    opt={"errors": (*_STEP_ERRORS, ErrorCode.CONFLICT)},
     summary="Ban somebody from a group",
 )
 async def ban(
@@ -161,7 +164,10 @@ async def ban(
     desk: DeskDependency,
     idempotency_key: IdempotencyHeader = None,
 ) -> Conversation:
-    """200 with the conversation as it is then: that one is out, if in, and is not let in again before the ban ends."""
+    """200 with the conversation as it is then: that one is out, if in, and is not let in again before the ban ends.
+
+    409 `conflict` where the group keeps a thousand out already.
+    """
     actor = request.user.user
     await _own_role(desk, conversation_id, actor)
     if await desk.store.users.unknown([user_id]):

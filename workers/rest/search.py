@@ -89,7 +89,9 @@ async def search_everywhere(
     has_media: FlagQuery = None,
     reply_to: QueryId = None,
     forwarded: FlagQuery = None,
-    cursor: Annotated[str | None, QueryParameter(pattern=r"^[0-9]{1,15}\.[A-Za-z0-9_]{1,64}$", required=False)] = None,
+    cursor: Annotated[
+        str | None, QueryParameter(pattern=r"\A[0-9]{1,15}\.[A-Za-z0-9_]{1,64}\Z", required=False)
+    ] = None,
     limit: Limit = 50,
 ) -> Listing[StoredMessage]:
     """As the search of one conversation, over the 200 most recently active ones that the caller is in now, and in them
