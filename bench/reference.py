@@ -96,7 +96,7 @@ def page() -> str:
         _CLOSES,
         *_table(("code", "reason", "reconnect"), _closes(asyncapi)),
         _SHAPES,
-        *_table(("shape", "fields", "meaning"), _shapes(asyncapi, shapes)),
+        *_table(("shape", "fields", "meaning"), _shapes(asyncapi, http["components"]["schemas"], shapes)),
     ]
     return "\n".join(parts) + "\n"
 
@@ -171,11 +171,11 @@ def _closes(document: dict[str, Any]) -> Iterator[tuple[str, ...]]:
         yield code, row["reason"], row["reconnect"]
 
 
-def _shapes(document: dict[str, Any], shapes: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    """All but the frames and their payloads, which are told in full where the frame is."""
+def _shapes(document: dict[str, Any], of_routes: dict[str, Any], shapes: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """All but the frames and those payloads that no route has: they are told in full where the frame is."""
     told = {_name(message["payload"]) for message in document["components"]["messages"].values()}
     told |= {_name(found) for name in told if "$ref" in (found := shapes[name]["properties"].get("payload", {}))}
-    for name in sorted(shapes.keys() - told):
+    for name in sorted(shapes.keys() - (told - of_routes.keys())):
         shape = shapes[name]
         fields = _fields(shape, shapes) if "properties" in shape else _kind(shape)
         yield f'<a id="{name.lower()}"></a>{name}', fields, _line(shape.get("description", ""))

@@ -151,8 +151,8 @@ def create_app(desk: Desk) -> Litestar:
     documents = schema.Documents(
         codec.encode_value(openapi.document(openapi.routes_of(ROUTES))), codec.encode_value(specification.asyncapi())
     )
-    app = Litestar(
-        route_handlers=ROUTES,
+    return Litestar(
+        route_handlers=[schema.options_route(ROUTES), *ROUTES],
         dependencies={"desk": Provide(lambda: desk, sync_to_thread=False)},
         state=State({"desk": desk, "documents": documents}),
         exception_handlers=EXCEPTION_HANDLERS,
@@ -162,17 +162,6 @@ def create_app(desk: Desk) -> Litestar:
         logging_config=None,
         debug=False,
     )
-    _allow_together(app)
-    return app
-
-
-def _allow_together(app: Litestar) -> None:
-    """Every handler is a route of its own to the framework, whose `OPTIONS` would name that handler's method only."""
-    methods: dict[str, set[Any]] = {}
-    for route in app.routes:
-        methods.setdefault(route.path_format, set()).update(route.methods)
-    for route in app.routes:
-        route.methods = methods[route.path_format]
 
 
 class Edge:
@@ -205,7 +194,8 @@ class Edge:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], *_HEADERS]
+                present = {name for name, _ in message["headers"]}
+                message["headers"] = [*message["headers"], *(pair for pair in _HEADERS if pair[0] not in present)]
             await send(message)
 
         try:

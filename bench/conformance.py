@@ -1,0 +1,136 @@
+"""`bench conformance`: schemathesis against the HTTP API: does it keep what its OpenAPI document says?
+
+Schemathesis makes requests from the document, fit and unfit ones, and holds every answer against it. What it cannot
+know, people and conversations that exist, is given to it in a configuration file.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+import trio
+
+from bench.http_api import HttpApi
+from bench.load import open_stack
+
+if TYPE_CHECKING:
+    import argparse
+
+SEED: Final = 3
+EXAMPLES: Final = 100
+PHASES: Final = "examples,coverage,fuzzing,stateful"
+LONGEST_SECONDS: Final = 3600.0
+GROUPS: Final = 4
+DEVICE: Final = "phone-1"
+
+
+class Cast(msgspec.Struct, frozen=True):
+    """Who and what there is to ask about; the requests come from the first user."""
+
+    user_token: str
+    admin_token: str
+    users: list[str]
+    conversations: list[str]
+    messages: list[str]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `conformance`."""
+    parser.add_argument("--examples", type=int, default=EXAMPLES, help="requests made up per route and phase")
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--phases", default=PHASES)
+    parser.add_argument("--only", metavar="ROUTE", help="the name of one route (operationId)")
+    parser.add_argument("--attach", action="store_true", help="use the running stack")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Exit status 0 when every answer was as documented."""
+    with open_stack(args.attach) as stack:
+        only = ["--include-operation-id", args.only] if args.only else []
+        run = start(
+            stack.rest_url, stack.admin_token, "--phases", args.phases, *only, examples=args.examples, seed=args.seed
+        )
+    print(run.output)
+    print(f"{run.seconds:.0f} s")
+    return run.status
+
+
+class Run(msgspec.Struct, frozen=True):
+    """How schemathesis ended; `status` 0: no failure, no error, no warning."""
+
+    status: int
+    output: str
+    seconds: float
+
+
+def start(rest_url: str, admin_token: str, *options: str, examples: int, seed: int) -> Run:
+    """Set the scene and run schemathesis over it, to its end. Blocks."""
+    cast = trio.run(_set_scene, rest_url, admin_token)
+    with tempfile.TemporaryDirectory(prefix="trireme-conformance-") as directory:
+        config = Path(directory) / "schemathesis.toml"
+        config.write_text(configuration(cast))
+        arguments = [
+            *(sys.executable, "-m", "schemathesis.cli", "--config-file", str(config)),
+            *("run", f"{rest_url}/schema/openapi.json", "--no-color"),
+            *("--max-examples", str(examples), "--seed", str(seed)),
+            *options,
+        ]
+        started = time.monotonic()
+        ended = subprocess.run(
+            arguments, capture_output=True, text=True, timeout=LONGEST_SECONDS, check=False, cwd=directory
+        )
+    return Run(ended.returncode, ended.stdout + ended.stderr, time.monotonic() - started)
+
+
+def configuration(cast: Cast) -> str:
+    """Whose token opens what, and what exists. A JSON string is a TOML string."""
+    dictionaries = {"users": cast.users, "conversations": cast.conversations, "messages": cast.messages}
+    bindings = {
+        "path.conversation_id": "conversations",
+        "path.message_id": "messages",
+        "path.user_id": "users",
+        "body.participants[*]": "users",
+        "body.user_ids[*]": "users",
+        "body.user_id": "users",
+        "body.reply_to_message_id": "messages",
+    }
+    lines = [
+        "continue-on-failure = true",
+        "[generation]",
+        'database = "none"',
+        "[auth.openapi.user]",
+        f"bearer = {json.dumps(cast.user_token)}",
+        "[auth.openapi.admin]",
+        f"bearer = {json.dumps(cast.admin_token)}",
+        *(f"[dictionaries.{name}]\nvalues = {json.dumps(values)}" for name, values in dictionaries.items()),
+        "[parameters]",
+        *(f'"{key}" = {{ dictionary = "{name}", probability = 0.8 }}' for key, name in bindings.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+async def _set_scene(rest_url: str, admin_token: str) -> Cast:
+    async with HttpApi(rest_url, admin_token) as api:
+        users = [await api.create_user(name) for name in ("Ann", "Bob", "Cat", "Dan")]
+        tokens = [await api.create_token(user_id, DEVICE) for user_id in users]
+        conversations = [
+            await api.create_conversation("1:1", [users[1]], tokens[0]),
+            *[await api.create_conversation("group", users[1:3], tokens[0]) for _ in range(GROUPS)],
+        ]
+        messages = [await _say(api, room, token) for room in conversations for token in tokens[:2]]
+    return Cast(tokens[0], admin_token, users, conversations, messages)
+
+
+async def _say(api: HttpApi, conversation_id: str, token: str) -> str:
+    body: dict[str, Any] = {"content": "Good morning", "type": "text", "timestamp": 0}
+    answer = await api.call("POST", f"/v1/conversations/{conversation_id}/messages", token, body)
+    assert isinstance(answer, dict), answer
+    message_id: str = answer["message_id"]
+    return message_id
