@@ -137,13 +137,13 @@ class Lane:
                 while self._new_shards:
                     await self._read_pending(self._new_shards[-1])
                     self._new_shards.pop()
-                if not self._logs:
-                    await anyio.sleep(0.1)
-                    continue
                 await self._wait_for_room()
                 await anyio.sleep_until(taken_at + READ_SPACING_SECONDS)
                 entries = await self._broker.read_ingest(sorted(self._logs), self._batch, BLOCK_MS)
                 taken_at = anyio.current_time()
+                if not self._logs:  # looked at behind the waits: a lease may have ended during them
+                    await anyio.sleep(0.1)
+                    continue
                 await self._take(entries, redelivered=False)
                 backoff = 0.05
             except GroupMissing:

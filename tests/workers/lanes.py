@@ -9,13 +9,15 @@ import anyio
 import msgspec
 
 from protocol import codec, keys, records
-from protocol.models import ConnectionRegistry, ConversationType, MessageType
-from workers.consumer import Lane
+from protocol.models import ConnectionRegistry, ConversationType, MessageType, StoredMessage
+from workers.consumer import BLOCK_MS, Lane
 from workers.delivery import Registry
+from workers.store.logs import Excerpt
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
+    from protocol.errors import ErrorCode
     from workers.broker import Broker
     from workers.store import Store
 
@@ -44,6 +46,7 @@ class Yard:
         await self.broker.agree_shards(SHARDS)
         await self.broker.create_down(INSTANCE)
         await self.broker.renew_instance(INSTANCE, records.InstanceInfo("gateway", "", 0, draining=False))
+        await self.broker.client.expire(keys.instance(INSTANCE), 120)  # nobody renews it
         await self.broker.create_ingest_groups(range(SHARDS))
 
     async def connect(self, *user_ids: str) -> None:
@@ -107,6 +110,67 @@ class Yard:
     async def remove(self, conversation_id: str, actor: str, user_id: str, request: str = "remove") -> None:
         record = records.RemoveParticipant(INSTANCE, request, f"cmd-{request}", conversation_id, actor, user_id)
         await self.put(record, conversation_id)
+
+    async def change(
+        self,
+        conversation_id: str,
+        sender_id: str,
+        key: str,
+        message_id: str,
+        change: records.Edit | records.Delete | records.React,
+        request: str = "",
+    ) -> None:
+        record = records.ChangeMessage(
+            INSTANCE, 7, request, sender_id, "d1", conversation_id, f"c-{key}", key, message_id, change
+        )
+        await self.put(record, conversation_id)
+
+    async def command(self, conversation_id: str, actor: str, change: Any, request: str) -> None:
+        record = records.ChangeConversation(INSTANCE, request, f"cmd-{request}", conversation_id, actor, change)
+        await self.put(record, conversation_id)
+
+    async def decided(self, conversation_id: str, actor: str, change: Any, request: str) -> ErrorCode | None:
+        """Ask for a change of a conversation and wait: its code, None where it happened."""
+        await self.command(conversation_id, actor, change, request)
+        (outcome,) = await self.next_down(records.CommandOutcome, 1)
+        assert outcome.request == request
+        code: ErrorCode | None = outcome.code
+        return code
+
+    async def said(
+        self, conversation_id: str, sender_id: str, key: str, content: str = "hello", **changes: object
+    ) -> str:
+        """Send and wait for the ack: the message's id."""
+        await self.send(conversation_id, sender_id, key, content, **changes)  # type: ignore[arg-type]
+        (ack,) = await self.acks(1)
+        assert ack["type"] == "message_ack", ack
+        message_id: str = ack["payload"]["message_id"]
+        return message_id
+
+    async def changed(
+        self,
+        conversation_id: str,
+        sender_id: str,
+        key: str,
+        message_id: str,
+        change: records.Edit | records.Delete | records.React,
+    ) -> dict[str, Any]:
+        """Change a message and wait: the payload of the ack or the error."""
+        await self.change(conversation_id, sender_id, key, message_id, change)
+        (answer,) = await self.acks(1)
+        payload: dict[str, Any] = answer["payload"]
+        return payload
+
+    async def stored(self, message_id: str) -> dict[str, Any]:
+        document = await self.store.db["messages"].find_one({"_id": message_id})
+        assert document is not None
+        return document
+
+    async def seen(self, user_id: str, conversation_id: str) -> dict[str, StoredMessage]:
+        """The log as this user pages it, by message id."""
+        page = await self.store.logs.page(user_id, conversation_id, 0, 100)
+        assert isinstance(page, Excerpt)
+        return {str(message.message_id): message for message in page.messages}
 
     async def delivered(self, message_id: str, user_id: str, device_id: str = "d1") -> None:
         shard = keys.shard_of_message(message_id, SHARDS)
@@ -187,6 +251,12 @@ async def crashing_lane(yard: Yard, edit_seconds: int = 3600) -> AsyncIterator[L
         lane.set_shards(frozenset(range(SHARDS)))
         yield lane
         group.cancel_scope.cancel()
+
+
+async def lose_its_lease(lane: Lane) -> None:
+    """Others may own its shards from here on, and it reads no more; what it is at, it goes on with."""
+    lane.set_shards(frozenset())
+    await anyio.sleep(BLOCK_MS / 1000 + 0.05)
 
 
 async def settled(yard: Yard) -> bool:

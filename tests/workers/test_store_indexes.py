@@ -63,6 +63,13 @@ async def test_system_messages_have_a_partial_index_of_their_own(store: Store) -
     assert index["key"] == [("conversation_id", 1), ("sequence_number", 1)]
 
 
+async def test_plain_messages_are_in_no_index_of_changes_or_disappearing(store: Store) -> None:
+    found = await indexes(store, "messages")
+    for name, field in [("target_message", "target_message_id"), ("disappearing", "erase_at")]:
+        assert found[name]["key"] == [(field, 1)]
+        assert found[name]["partialFilterExpression"] == {field: {"$exists": True}}
+
+
 @pytest.mark.parametrize(
     ("collection", "field", "seconds"),
     [
