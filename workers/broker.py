@@ -21,16 +21,19 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from protocol import codec, keys, records
+from protocol.models import Presence, UserStatus
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 
 LUA = Path(__file__).parent / "lua"
 DOWN_LIMIT = 100_000
-"""Most entries a down stream keeps when its instance has stopped reading but not yet lost its lease (15 s)."""
+"""Most entries a down stream keeps when its instance has stopped reading but not yet lost its lease (10 s)."""
 QUERY_LIMIT = 10_000
 COMMAND_SECONDS = 5.0
 """Deadline of a command that does not block."""
+BURIED_AT_ONCE = 200
+"""Users taken off a dead gateway per call: 2 ms of Redis."""
 _CLAIM_SECONDS = 10
 """Longer than the two reads behind a session cache entry take."""
 _HOLD_SECONDS = 30
@@ -114,6 +117,7 @@ class Broker:
         self._spend = client.register_script((LUA / "spend.lua").read_bytes())
         self._look_session = client.register_script((LUA / "look_session.lua").read_bytes())
         self._fill_session = client.register_script((LUA / "fill_session.lua").read_bytes())
+        self._bury = client.register_script((LUA / "bury.lua").read_bytes())
         self._push_inbox = client.register_script((LUA / "push_inbox.lua").read_bytes())
 
     async def _run(self, *args: Any) -> Any:
@@ -283,18 +287,53 @@ class Broker:
         await self._run("SREM", keys.INSTANCES, instance_id)
 
     async def live_instances(self) -> dict[str, records.InstanceInfo]:
-        """Instance id → info of all whose lease lives; forgets the others, with their streams."""
+        """Instance id → info of all whose lease lives."""
+        leases = await self._leases()
+        return {name: codec.decode_instance(value) for name, value in leases.items() if value is not None}
+
+    async def dead_instances(self) -> list[str]:
+        """Those that are listed and whose lease has ended."""
+        return [name for name, value in (await self._leases()).items() if value is None]
+
+    async def _leases(self) -> dict[str, bytes | None]:
         names = [name.decode() for name in await self._run("SMEMBERS", keys.INSTANCES)]
         if not names:
             return {}
-        values = await self._run("MGET", *[keys.instance(name) for name in names])
-        live = {}
-        for name, value in zip(names, values, strict=True):
-            if value is None:
-                await self.remove_instance(name)
-            else:
-                live[name] = codec.decode_instance(value)
-        return live
+        return dict(zip(names, await self._run("MGET", *[keys.instance(name) for name in names]), strict=True))
+
+    async def bury(self, instance_id: str, died_ms: int) -> int:
+        """Take some users off a dead instance, and with the last of them all that was its own.
+
+        Returns how many are left, -1 when it lives after all.
+        """
+        user_ids = await self._run("SRANDMEMBER", keys.users(instance_id), BURIED_AT_ONCE)
+        names = [user_id.decode() for user_id in user_ids]
+        own = [keys.instance(instance_id), keys.users(instance_id), keys.down(instance_id), keys.INSTANCES, keys.SEEN]
+        for name in names:
+            own += (keys.connection(name), keys.presence(name))
+        shown = codec.encode_value(Presence(status=UserStatus.OFFLINE, last_seen=died_ms))
+        change = codec.encode_value(records.PresenceChange(UserStatus.OFFLINE, died_ms, settled=True))
+        with _passing_errors():
+            with anyio.fail_after(COMMAND_SECONDS):
+                left = await self._bury(
+                    keys=own, args=[instance_id, shown, change, keys.PRESENCE_TTL_SECONDS, died_ms, *names]
+                )
+        return int(left)
+
+    async def presences(self, user_ids: Sequence[str]) -> dict[str, Presence]:
+        """How these users are; those of whom nothing is known are left out."""
+        if not user_ids:
+            return {}
+        values = await self._run("MGET", *[keys.presence(user_id) for user_id in user_ids])
+        return {
+            user_id: codec.decode_presence(value)
+            for user_id, value in zip(user_ids, values, strict=True)
+            if value is not None
+        }
+
+    async def take_seen(self, count: int) -> list[str]:
+        """Users who came or went, the earliest first; they are the caller's now."""
+        return [name.decode() for name, _ in await self._run("ZPOPMIN", keys.SEEN, count)]
 
     async def locate(self, user_ids: Sequence[str]) -> dict[str, tuple[str, ...]]:
         """User → ids of the instances that hold its connections, one per device (empty: offline)."""

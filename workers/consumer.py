@@ -28,6 +28,7 @@ from workers.plan import Entry, Plan
 from workers.receipts import Receipts
 from workers.store.errors import StoreUnavailable
 from workers.store.marks import HeadMark
+from workers.typists import Typists
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,6 +82,7 @@ class Lane:
         self._conversations = Conversations(store.conversations)
         self._courier = Courier(registry)
         self._receipts = Receipts(self._conversations, store.messages, store.marks, self._courier, shards)
+        self._typists = Typists(self._conversations, self._courier, shards)
         self._committer = Committer(store, self._conversations, self._receipts.recent, edit_seconds)
         self._logs: dict[int, _ShardLog] = {}
         self._new_shards: list[int] = []
@@ -139,11 +141,11 @@ class Lane:
                     self._new_shards.pop()
                 await self._wait_for_room()
                 await anyio.sleep_until(taken_at + READ_SPACING_SECONDS)
-                entries = await self._broker.read_ingest(sorted(self._logs), self._batch, BLOCK_MS)
-                taken_at = anyio.current_time()
                 if not self._logs:  # looked at behind the waits: a lease may have ended during them
                     await anyio.sleep(0.1)
                     continue
+                entries = await self._broker.read_ingest(sorted(self._logs), self._batch, BLOCK_MS)
+                taken_at = anyio.current_time()
                 await self._take(entries, redelivered=False)
                 backoff = 0.05
             except GroupMissing:
@@ -204,6 +206,10 @@ class Lane:
             if isinstance(record, records.Receipts):
                 self._receipts.receive(record)
                 self._unflushed.append((entry.shard, entry.entry_id))
+                self._to_tell.set()
+            elif isinstance(record, records.Typing):
+                self._typists.receive(record, entry.entry_id, _now_ms())
+                self._done(entry.shard, entry.entry_id)
                 self._to_tell.set()
             else:
                 self._queue.append(Entry(entry.shard, entry.entry_id, record, redelivered))
@@ -346,7 +352,7 @@ class Lane:
             self._to_tell = anyio.Event()
             await anyio.sleep(FIRST_TICK_SECONDS)
             await self._tick()
-            while self._receipts.waiting or self._unflushed or self._unsaved:
+            while self._receipts.waiting or self._typists.waiting or self._unflushed or self._unsaved:
                 await anyio.sleep(TICK_SECONDS)
                 await self._tick()
 
@@ -370,6 +376,7 @@ class Lane:
         entries, self._unflushed = self._unflushed, []
         down: Down = defaultdict(list)
         try:
+            await self._typists.tell(down, _now_ms())
             await self._receipts.resolve()
             await self._receipts.flush(lazy=False)
             await self._receipts.tell(down, _now_ms())

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import anyio
 import structlog
 
-from workers import janitor, metrics
+from workers import janitor, metrics, presence
 from workers.broker import Broker, BrokerUnavailable
 from workers.consumer import Lane
 from workers.delivery import Registry
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from workers.settings import Settings
     from workers.store import Store
 
-INSTANCE_SECONDS = 5.0
-"""How often the liveness lease (15 s) is renewed."""
+INSTANCE_SECONDS = 2.5
+"""How often the liveness lease (10 s) is renewed."""
 
 log = structlog.get_logger()
 
@@ -45,6 +45,7 @@ async def run(settings: Settings, store: Store, broker: Broker, stopping: anyio.
     leases = Leases(broker, worker_id, settings.shards, share)
     async with anyio.create_task_group() as upkeep:
         upkeep.start_soon(registry.run, name="registry")
+        upkeep.start_soon(presence.keep, store, broker, name="presence")
         upkeep.start_soon(_stay_listed, broker, worker_id, name="instance lease")
         upkeep.start_soon(leases.run, name="shard leases")
         upkeep.start_soon(janitor.run, store, name="janitor")

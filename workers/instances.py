@@ -17,7 +17,8 @@ from protocol import codec, records
 from workers import metrics
 from workers.broker import Broker, BrokerUnavailable
 
-RENEW_SECONDS: Final = 5.0
+RENEW_SECONDS: Final = 3.0
+"""Three renewals within the lease's 10 s."""
 _BLOCK_MS: Final = 2000
 _RETRY_SECONDS: Final = 0.5
 _WAITING_LIMIT: Final = 10_000

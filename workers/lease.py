@@ -23,7 +23,7 @@ ROUND_SECONDS = 0.5
 """Between two looks at the leases: one script and two reads. A dead owner's shard is free after 5 s and adopted at the
 second look that finds it so: within 6 s of its death (reliability.md, F-W1)."""
 ADOPTION_SECONDS = 20.0
-"""How long a shard that its preferred owner did not hold is kept, in which a dead worker's liveness lease (15 s)
+"""How long a shard that its preferred owner did not hold is kept, in which a dead worker's liveness lease (10 s)
 ends.
 """
 SAFETY_SECONDS = 1.5

@@ -34,6 +34,9 @@ COMMIT_RETRIES: Final = Counter("trireme_ingest_retries_total", "Batches planned
 RECEIPTS: Final = Counter("trireme_receipts_total", "Receipts by what became of them", ["outcome"])
 DELIVERIES: Final = Counter("trireme_deliveries_total", "Runs of messages times the users they are for")
 ERASED: Final = Counter("trireme_erased_total", "Messages whose content has disappeared for good")
+TYPING: Final = Counter("trireme_typing_total", "Typing signals by what became of them", ["outcome"])
+"""outcome: told, refused, dropped."""
+BURIED: Final = Counter("trireme_buried_instances_total", "Dead instances whose traces were removed here")
 SHARDS_HELD: Final = Gauge("trireme_shards_held", "Shards this process owns")
 
 # --- REST role -------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import structlog
 
 from protocol import codec, frames, records
 from protocol.errors import AuthErrorCode, ErrorCode
-from workers import metrics
+from workers import metrics, presence
 from workers.broker import Broker, BrokerUnavailable
 from workers.revocation import is_good, moment
 from workers.store.errors import StoreUnavailable
@@ -122,8 +122,10 @@ class QueryRole:
                     self._store, self._broker, query.user_id, query.device_id, query.issued_ms
                 ):
                     return records.OpenAnswer(query.connection, 0, [], AuthErrorCode.REVOKED), "revoked"
-                return await _answer_query(self._store, query), "answered"
-        except (StoreUnavailable, TimeoutError) as error:
+                if isinstance(query, records.OpenQuery) and query.is_check:
+                    return None, "checked"
+                return await _answer_query(self._store, self._broker, query), "answered"
+        except (BrokerUnavailable, StoreUnavailable, TimeoutError) as error:
             log.warning("query_unanswered", kind=type(query).__name__, error=str(error))
             return _unanswered(query), "unavailable"
 
@@ -177,7 +179,7 @@ async def publish_answers(broker: Broker, answers: MemoryObjectReceiveStream[Ans
                     log.warning("answers_lost", answers=len(items), error=str(error))
 
 
-async def _answer_query(store: Store, query: records.Query) -> records.DownItem | None:
+async def _answer_query(store: Store, broker: Broker, query: records.Query) -> records.DownItem | None:
     match query:
         case records.OpenQuery():
             unread, heads = await store.heads.open_heads(query.user_id, query.device_id, query.cursors)
@@ -195,6 +197,8 @@ async def _answer_query(store: Store, query: records.Query) -> records.DownItem 
             return records.Reply(query.connection, _reply_frame(query.conversation_id, found, "history"))
         case records.HeadsQuery():
             return records.HeadsAnswer(await store.heads.sweep_heads(query.user_ids))
+        case records.PresenceQuery():
+            return await presence.look(store, broker, query)
         case _:
             assert_never(query)
 

@@ -69,12 +69,14 @@ def test_a_change_says_what_it_changes(frame: Change, change: object) -> None:
 
 def test_changes_share_the_window_and_the_rate_with_messages() -> None:
     session = live_session(limits=Limits(window=2), bucket=TokenBucket(rate=0.5, burst=2, now=0.0))
+    blocked = []
     session.receive(message("k1"), 0.0, WALL_MS)
-    assert not session.blocked
+    blocked.append(session.blocked)
     session.receive(reaction("k2"), 0.0, WALL_MS)
-    assert session.blocked
+    blocked.append(session.blocked)
     session.outcome("k2")
-    assert not session.blocked
+    blocked.append(session.blocked)
+    assert blocked == [False, True, False]
     payload = error_of(session.receive(edit("k3"), 0.0, WALL_MS)[0])
     assert (payload.code, payload.idempotency_key, payload.client_message_id) == (ErrorCode.RATE_LIMITED, "k3", "c1")
     assert set(session.in_flight or ()) == {"k1"}

@@ -30,6 +30,7 @@ from pymongo.write_concern import WriteConcern
 
 from workers.store.blocks import BlockStore
 from workers.store.changes import ChangeStore
+from workers.store.contacts import ContactStore
 from workers.store.conversations import ConversationStore
 from workers.store.device_keys import DeviceKeyStore
 from workers.store.devices import DeviceStore
@@ -88,6 +89,7 @@ class Store:
         self.conversations = ConversationStore(self.db)
         self.marks = MarkStore(self.db)
         self.users = UserStore(self.db)
+        self.contacts = ContactStore(self.db)
         self.devices = DeviceStore(self.db)
         self.stays = StayReader(self.db)
         self.verifications = VerificationStore(self.db)
