@@ -139,10 +139,12 @@ async def test_every_answer_has_the_same_headers(rest: Rest) -> None:
 
 
 async def test_allow_names_every_method_of_a_path(rest: Rest) -> None:
-    for method, status in (("OPTIONS", 204), ("TRACE", 405)):
-        answer = await rest.client.request(method, "/v1/conversations")
-        assert answer.status_code == status
-        assert {name.strip() for name in answer.headers["allow"].split(",")} == {"GET", "POST", "OPTIONS"}
+    expected = {"/v1/conversations": {"GET", "POST", "OPTIONS"}, "/v1/conversations/c": {"GET", "PATCH", "OPTIONS"}}
+    for path, methods in expected.items():
+        for method, status in (("OPTIONS", 204), ("TRACE", 405)):
+            answer = await rest.client.request(method, path)
+            assert answer.status_code == status
+            assert {name.strip() for name in answer.headers["allow"].split(",")} == methods
 
 
 @pytest.mark.parametrize(

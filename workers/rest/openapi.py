@@ -95,6 +95,11 @@ class Route(msgspec.Struct, frozen=True):
     media_type: str = JSON
 
 
+def template_of(path: str) -> str:
+    """A handler's path without the types of its parameters."""
+    return _PATH_TYPE.sub(r"{\1}", path)
+
+
 def routes_of(handlers: Iterable[HTTPRouteHandler]) -> list[Route]:
     """The public operations, by path and method. Raises ValueError for a route that hides something."""
     found = [_route(handler) for handler in handlers if handler.include_in_schema is not False]
@@ -121,7 +126,7 @@ def _route(handler: HTTPRouteHandler) -> Route:
         (answer,) = get_args(answer)
     return Route(
         method=str(method),
-        path=_PATH_TYPE.sub(r"{\1}", path),
+        path=template_of(path),
         name=handler.fn.__name__,
         summary=handler.summary or "",
         meaning=inspect.getdoc(handler.fn) or "",

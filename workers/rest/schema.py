@@ -12,7 +12,7 @@ from litestar import Request, Response, get, route
 from litestar.datastructures import State
 from litestar.enums import HttpMethod
 
-from workers.rest.openapi import JSON
+from workers.rest.openapi import JSON, template_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -46,11 +46,13 @@ async def asyncapi_document(request: AnyRequest) -> Response[bytes]:
 def options_route(handlers: Iterable[HTTPRouteHandler]) -> HTTPRouteHandler:
     """`OPTIONS` of every path: 204 with the methods it has. The framework's own names the first method only."""
     methods: dict[str, set[str]] = {}
+    paths = set[str]()
     for handler in handlers:
+        paths |= handler.paths
         for path in handler.paths:
-            methods.setdefault(path, {HttpMethod.OPTIONS.value}).update(map(str, handler.http_methods))
+            methods.setdefault(template_of(path), {"OPTIONS"}).update(map(str, handler.http_methods))
 
-    @route(sorted(methods), http_method=HttpMethod.OPTIONS, status_code=204, include_in_schema=False)
+    @route(sorted(paths), http_method=HttpMethod.OPTIONS, status_code=204, include_in_schema=False)
     async def read_options(request: AnyRequest) -> Response[None]:
         """Which methods this path has."""
         return Response(None, headers={"Allow": ", ".join(sorted(methods[request.scope["path_template"]]))})
