@@ -48,6 +48,8 @@ class Habits(msgspec.Struct, frozen=True, kw_only=True):
     """A `retransmit` without an answer is asked again after this."""
     own_gap_seconds: float = 1.0
     """A hole may be one's own message whose ack is still on the way: patience before asking."""
+    doubt_seconds: float = 5.0
+    """A confirmation said so shortly before a connection ended is said again on the next."""
     digests_kept: int = 512
 
 
@@ -73,6 +75,7 @@ class Client:
         self._sends = Sends(device_id, self._habits)
         self._sync_again_at: float | None = None
         self._unconfirmed: set[str] = set()
+        self._confirmed_at: dict[str, float] = {}
         self._holes: set[str] = set()
         self._resumed: dict[str, int] = {}
         self._opened_at = 0.0
@@ -123,12 +126,16 @@ class Client:
         self.connection += 1
         self._opened_at, self._resumed = self._next
         self.state = State.OPENING
-        self._start_over()
+        self._start_over(now)
         return self._on_auth_success(success, now, migrated=True)
 
-    def _start_over(self) -> None:
-        """What was asked on the connection before will not be answered on this one."""
+    def _start_over(self, now: float) -> None:
+        """What was asked on the connection before will not be answered on this one, and what was said last may not have
+        been heard."""
         self.synced = False
+        doubtful = {name for name, at in self._confirmed_at.items() if now - at < self._habits.doubt_seconds}
+        self._unconfirmed |= doubtful
+        self._confirmed_at.clear()
         self._sync_again_at = None
         for log in self.logs.values():
             log.asked_at = log.confirm_at = None
@@ -138,7 +145,7 @@ class Client:
         if self.state is State.OFFLINE:
             return
         self.state = State.OFFLINE
-        self._start_over()
+        self._start_over(now)
         self._record(journal.Closed(code=code, **self._stamp(now)))
 
     # --- sending -----------------------------------------------------------------------------------------------------
@@ -466,6 +473,7 @@ class Client:
             self._unconfirmed.discard(conversation_id)
             log.unconfirmed = 0
             log.confirm_at = None
+            self._confirmed_at[conversation_id] = now
             self._record(
                 journal.Confirmed(
                     conversation_id=conversation_id,

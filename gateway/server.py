@@ -34,7 +34,7 @@ _BACKLOG: Final = 4096
 """A reconnect storm waits in the kernel instead of being refused (capped by net.core.somaxconn)."""
 _MIGRATION_SHARE: Final = 2 / 3
 """The first part of the drain window: the clients are told one after the other to go elsewhere (protocol.md)."""
-_CLOSE_SHARE: Final = 0.25
+_CLOSE_SHARE: Final = 0.125
 """The last part of the drain window, at most a second, belongs to close handshakes and to leaving Redis."""
 _POLL_SECONDS: Final = 0.02
 

@@ -78,6 +78,18 @@ def test_a_new_line_that_comes_after_the_old_one_has_ended_still_counts(play: Pl
     assert [*states, play.client.state] == [State.OFFLINE, State.LIVE]
 
 
+def test_a_confirmation_that_the_old_line_may_not_have_carried_is_said_again(play: Play) -> None:
+    play.pass_time(1)
+    play.client.migrating(TOKEN, play.now)
+    play.client.migrated(AUTH_SUCCESS, play.now)
+    (again,) = play.pass_time(0)
+    assert isinstance(again, frames.DeliveryAck)
+    assert play.pass_time(6) == []
+    play.client.closed(1012, play.now)
+    play.go_live()
+    assert play.pass_time(0) == []
+
+
 def test_a_sign_of_life_goes_as_often_as_the_server_asked() -> None:
     play = Play()
     play.client.opened(play.now)

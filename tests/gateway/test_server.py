@@ -18,7 +18,7 @@ import pytest
 import trio
 import trio_websocket
 
-from gateway.server import Gateway, open_listener
+from gateway.server import Gateway, open_listener, stop_listening
 from gateway.settings import load_settings
 from gateway.wire import Address, Wire
 from protocol import codec, keys, records
@@ -254,6 +254,19 @@ async def test_a_drain_waits_for_what_is_in_flight_and_leaves_redis_clean(runnin
     left = ["EXISTS", keys.connection("usr_a"), keys.instance(instance_id), keys.down(instance_id)]
     assert await running.redis.call(*left) == 0
     assert await running.redis.call("SCARD", keys.INSTANCES) == 0
+
+
+async def test_who_stops_listening_leaves_every_new_connection_to_those_who_share_the_port() -> None:
+    with open_listener("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with open_listener("127.0.0.1", port) as second:
+            stop_listening(first)
+            for _ in range(20):
+                with socket.create_connection(("127.0.0.1", port), 1):
+                    second.settimeout(1)
+                    second.accept()[0].close()
+        with pytest.raises(OSError, match="refused"):
+            socket.create_connection(("127.0.0.1", port), 1)
 
 
 async def test_a_drain_does_not_wait_for_ever(address: Address, nursery: trio.Nursery) -> None:
