@@ -25,6 +25,7 @@ from protocol.models import Id
 from protocol.prekeys import PublicKey, Purpose, SignedKey, signed_bytes
 from workers.broker import BrokerUnavailable
 from workers.rest.access import shape_guard, user_guard
+from workers.rest.allowances import spend
 from workers.rest.desk import Desk, DeskDependency, now_ms
 from workers.rest.errors import ErrorDetail, RestError
 from workers.rest.shapes import CallerRequest, Limit, PathId, moment_at
@@ -154,7 +155,7 @@ async def put_identity(
     device, 409 `conflict` for one device too many.
     """
     user_id = _owner(request, device_id)
-    await _spend(desk, "key_identity", user_id, desk.settings.key_identities_per_hour, _HOUR)
+    await spend(desk, "key_identity", user_id, desk.settings.key_identities_per_hour, _HOUR)
     device = KeyDevice(user_id, device_id, data.identity_key, data.signing_key, data.fallback_key, 0, False)
     _check_signatures(device, Purpose.FALLBACK, [data.fallback_key])
     identity = Identity(data.identity_key, data.signing_key, data.fallback_key)
@@ -275,7 +276,7 @@ async def claim_keys(request: CallerRequest, data: JSONBody[Claim], desk: DeskDe
     names = [(device.user_id, device.device_id) for device in data.devices]
     if len(set(names)) < len(names):
         raise RestError(ErrorCode.VALIDATION_FAILED, "devices: one is named twice")
-    await _spend(desk, "key_claimer", claimer, desk.settings.key_claims_per_minute, 60)
+    await spend(desk, "key_claimer", claimer, desk.settings.key_claims_per_minute, 60)
     hidden = await _hidden(desk, claimer, {user_id for user_id, _ in names})
     known = await desk.store.device_keys.find(name for name in names if name[0] not in hidden)
     return ClaimedKeys([await _claim(desk, claimer, name, known.get(name)) for name in names])
@@ -297,23 +298,17 @@ async def _claim(desk: Desk, claimer: str, name: tuple[str, str], device: KeyDev
 async def _may_drain(desk: Desk, claimer: str, device: KeyDevice) -> bool:
     """Neither one claimer nor all together empty a device: past these limits there is the fallback key."""
     limits = desk.settings
-    spend = desk.broker.spend
+    take = desk.broker.spend
     pair = f"{claimer}\0{device.name}"
-    if await spend("key_pair", pair, limits.key_claims_per_pair_per_hour, _HOUR):
+    if await take("key_pair", pair, limits.key_claims_per_pair_per_hour, _HOUR):
         return False
-    return not await spend("key_device", device.name, limits.key_claims_per_device_per_hour, _HOUR)
+    return not await take("key_device", device.name, limits.key_claims_per_device_per_hour, _HOUR)
 
 
 async def _hidden(desk: Desk, caller: str, user_ids: set[str]) -> set[str]:
     """Those who are not there for the caller."""
     unknown = await desk.store.users.unknown(user_ids)
     return unknown | await desk.store.blocks.who_blocks(caller, user_ids - unknown)
-
-
-async def _spend(desk: Desk, purpose: str, subject: str, limit: int, window_seconds: int) -> None:
-    wait = await desk.broker.spend(purpose, subject, limit, window_seconds)
-    if wait:
-        raise RestError(ErrorCode.RATE_LIMITED, f"too often; again in {wait:.0f} s")
 
 
 # --- changes of the device list --------------------------------------------------------------------------------------
