@@ -80,7 +80,7 @@ class TokenPair(msgspec.Struct, frozen=True):
 class Login(TokenPair, frozen=True):
     """A device's tokens, and whose they are."""
 
-    user: User
+    user: Account
 
 
 class Refresh(msgspec.Struct, frozen=True):
@@ -120,7 +120,7 @@ def _target(data: NewVerification) -> Target:
 @post(
     "/v1/sessions",
     guards=[shape_guard],
-    opt={"errors": (ErrorCode.CODE_REFUSED, ErrorCode.RATE_LIMITED)},
+    opt={"errors": (ErrorCode.CODE_REFUSED, ErrorCode.CONFLICT, ErrorCode.RATE_LIMITED)},
     summary="Log a device in",
 )
 async def log_in(request: CallerRequest, data: JSONBody[NewLogin], desk: DeskDependency) -> Login:
@@ -147,9 +147,7 @@ async def log_in(request: CallerRequest, data: JSONBody[NewLogin], desk: DeskDep
         await end_device(desk, user_id, device_id)
     log.info("logged_in", user_id=user_id, device_id=data.device_id)
     access, expires_at = _access_token(desk, user_id, data.device_id, issued_at)
-    return Login(
-        access, expires_at, token, session.refresh_expires_at, msgspec.convert(account, User, from_attributes=True)
-    )
+    return Login(access, expires_at, token, session.refresh_expires_at, account)
 
 
 async def prove(desk: Desk, verification_id: str, code: str) -> Target:
@@ -174,15 +172,15 @@ async def _register(desk: Desk, target: Target, name: str) -> Account:
         created_at=moment_at(now_ms()),
         status=UserStatus.OFFLINE,
     )
-    created = await desk.store.users.create(user)
-    if isinstance(created, Taken):
-        # The administrator made it between our look and our write.
-        account = await desk.store.users.find_by_contact(f"{target.field}_key", target.key)
-        if account is None:
-            raise RestError(ErrorCode.CONFLICT, "another account has it; ask for another code")
-        return account
-    log.info("registered", user_id=user.user_id)
-    return msgspec.convert(created, Account, from_attributes=True)
+    if isinstance(await desk.store.users.create(user), Taken):
+        log.info("registered_meanwhile", field=target.field)
+    else:
+        log.info("registered", user_id=user.user_id)
+    # Also where the administrator made it between our look and our write.
+    account = await desk.store.users.find_by_contact(f"{target.field}_key", target.key)
+    if account is None:
+        raise RestError(ErrorCode.CONFLICT, "another account has it; ask for another code")
+    return account
 
 
 @post(

@@ -1,0 +1,181 @@
+"""An account from its profile to its end: privacy, export, deletion, and what a dying process leaves to the next."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import pytest
+
+from protocol import codec, keys, records
+from protocol.models import EventKind
+from tests.workers.residents import code_for, log_in
+from tests.workers.seeding import Rest, membership, refusal
+from workers.codes import Codes
+from workers.instances import Instance
+from workers.rest import export, upkeep
+from workers.rest.desk import Desk, now_ms
+from workers.rest.shapes import moment_at
+from workers.senders import NoSender
+from workers.store.users import DELETION
+from workers.tokens import Tokens
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from workers.broker import Broker
+    from workers.settings import Settings
+    from workers.store import Store
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+async def desk(settings: Settings, store: Store, broker: Broker, rest: Rest) -> AsyncIterator[Desk]:
+    """A second REST process' desk, beside the one that serves."""
+    instance = Instance(broker, "rest_second", records.InstanceInfo("rest", "http://second", 0, False))
+    async with anyio.create_task_group() as group:
+        await group.start(instance.run)
+        yield Desk(
+            settings, store, broker, instance, Tokens(settings.jwt_private_key), Codes(settings, store, NoSender())
+        )
+        group.cancel_scope.cancel()
+
+
+async def patch(rest: Rest, token: str, **change: Any) -> dict[str, Any]:
+    answer = await rest.call("PATCH", "/v1/users/me", token, change)
+    assert answer.status_code == 200, answer.text
+    shown: dict[str, Any] = answer.json()
+    return shown
+
+
+async def profile(rest: Rest, token: str, user_id: str) -> dict[str, Any]:
+    answer = await rest.call("GET", f"/v1/users/{user_id}", token)
+    assert answer.status_code == 200, answer.text
+    shown: dict[str, Any] = answer.json()
+    return shown
+
+
+async def send(rest: Rest, token: str, conversation_id: str, content: str) -> None:
+    body = {"content": content, "type": "text", "timestamp": 1}
+    sent = await rest.call(
+        "POST", f"/v1/conversations/{conversation_id}/messages", token, body, Idempotency_Key=f"k-{content}"
+    )
+    assert sent.status_code == 201, sent.text
+
+
+async def test_a_profile_is_changed_and_shown_as_privacy_allows(rest: Rest, store: Store) -> None:
+    ann = await log_in(rest, phone="+49301234567")
+    bob_id, bob = await rest.user("Bob")
+    own = await patch(rest, ann.access_token, name="Anna", avatar_url="https://example.org/a.png")
+    assert (own["name"], own["privacy"]) == ("Anna", {"last_seen": "everyone", "read_receipts": True})
+    for bad in ({"name": ""}, {"name": None}, {"privacy": {"last_seen": "friends"}}, {"avatar_url": 7}):
+        assert refusal(await rest.call("PATCH", "/v1/users/me", ann.access_token, bad)) == (400, "validation_failed")
+    await store.users.seen(ann.user_id, moment_at(1_800_000_000_000))
+    seen = {"last_seen": "2027-01-15T08:00:00Z"}
+    public = {"_id": ann.user_id, "name": "Anna", "avatar_url": "https://example.org/a.png"}
+    assert await profile(rest, bob, ann.user_id) == public | seen
+    assert "avatar_url" not in await patch(rest, ann.access_token, avatar_url=None)
+    del public["avatar_url"]
+    await patch(rest, ann.access_token, privacy={"last_seen": "contacts"})
+    assert await profile(rest, bob, ann.user_id) == public
+    group_id = await rest.group(ann.access_token, bob_id)
+    assert await profile(rest, bob, ann.user_id) == public | seen
+    blocked = await rest.call("PUT", f"/v1/blocks/{bob_id}", ann.access_token)
+    assert blocked.status_code == 204, blocked.text
+    assert await profile(rest, bob, ann.user_id) == public
+    assert refusal(await rest.call("GET", "/v1/users/usr_nobody", bob)) == (404, "not_found")
+    await patch(rest, ann.access_token, privacy={"read_receipts": False})
+    with anyio.fail_after(5):
+        while (await membership(store, group_id, ann.user_id)).hide_reads is not True:  # noqa: ASYNC110 - the owner's
+            await anyio.sleep(0.02)
+    assert await store.db["users"].count_documents({"unfinished": {"$exists": True}}) == 0
+
+
+async def test_who_hides_is_hidden_from_those_who_watch(rest: Rest, broker: Broker) -> None:
+    ann = await log_in(rest, phone="+49301234567")
+    async with broker.client.pubsub() as heard:
+        await heard.subscribe(keys.presence(ann.user_id))
+        await patch(rest, ann.access_token, privacy={"last_seen": "nobody"})
+        with anyio.fail_after(5):
+            while (message := await heard.get_message(timeout=1)) is None or message["type"] != "message":
+                continue
+    assert codec.decode_presence_change(message["data"]).hidden_from == "*"
+
+
+async def test_an_export_holds_everything_the_account_may_see(rest: Rest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "_PAGE", 10)
+    ann = await log_in(rest, phone="+49301234567")
+    bob_id, bob = await rest.user("Bob")
+    await rest.call("PUT", "/v1/blocks/usr_x", ann.access_token)
+    group_id = await rest.group(bob)
+    await send(rest, bob, group_id, "before-Ann")
+    added = await rest.call("POST", f"/v1/conversations/{group_id}/participants", bob, {"user_ids": [ann.user_id]})
+    assert added.status_code == 200, added.text
+    for number in range(24):
+        await send(rest, bob if number % 2 else ann.access_token, group_id, f"message-{number}")
+    exported = await rest.call("GET", "/v1/users/me/export", ann.access_token)
+    assert exported.headers["content-type"].startswith("application/x-ndjson")
+    lines = [json.loads(line) for line in exported.text.splitlines()]
+    assert [line["type"] for line in lines[:3]] == ["account", "device", "conversation"]
+    assert lines[0]["account"]["phone"] == "+49301234567"
+    assert lines[2]["settings"] == {"archived": False, "pinned": False, "muted_until": None}
+    messages = [line["message"] for line in lines if line["type"] == "message"]
+    assert [message["sequence_number"] for message in messages] == list(range(3, 28)), "from where Ann joined"
+    assert [message["content"] for message in messages[1:]] == [f"message-{number}" for number in range(24)]
+    assert {message.get("idempotency_key") is None for message in messages[1:] if message["sender_id"] == bob_id} == {
+        True
+    }
+    assert lines[-1] == {"type": "end", "conversations": 1, "messages": 25}
+    for _ in range(4):
+        await rest.call("GET", "/v1/users/me/export", ann.access_token)
+    assert refusal(await rest.call("GET", "/v1/users/me/export", ann.access_token)) == (429, "rate_limited")
+
+
+async def test_a_deleted_account_is_gone_and_its_phone_begins_anew(rest: Rest, store: Store) -> None:
+    ann = await log_in(rest, phone="+49301234567")
+    bob_id, bob = await rest.user("Bob")
+    group_id = await rest.group(ann.access_token, bob_id)
+    direct = await rest.call("POST", "/v1/conversations", bob, {"type": "1:1", "participants": [ann.user_id]})
+    await send(rest, ann.access_token, direct.json()["_id"], "hello")
+    foreign = await code_for(rest, email="mallory@example.org")
+    own = await code_for(rest, phone="+49301234567")
+    for proof in (foreign, {**own, "code": f"{(int(own['code']) + 1) % 1_000_000:06d}"}):
+        refused = await rest.call("POST", "/v1/users/me/deletion", ann.access_token, proof)
+        assert refusal(refused) == (403, "code_refused")
+    begun = await rest.call("POST", "/v1/users/me/deletion", ann.access_token, own)
+    assert (begun.status_code, begun.json()) == (202, {"user_id": ann.user_id, "finished": True})
+    assert refusal(await rest.call("GET", "/v1/users/me", ann.access_token)) == (401, "revoked")
+    issued = await rest.call("POST", "/v1/tokens", rest.admin_token, {"user_id": ann.user_id})
+    assert refusal(issued) == (404, "not_found")
+    assert await profile(rest, bob, ann.user_id) == {"_id": ann.user_id, "name": "Deleted account"}
+    kept = await rest.call("GET", f"/v1/conversations/{direct.json()['_id']}/messages", bob)
+    assert [message["content"] for message in kept.json()["items"]] == ["hello"]
+    group = await rest.call("GET", f"/v1/conversations/{group_id}", bob)
+    assert group.json()["participants"] == [bob_id]
+    assert "301234567" not in str(await store.db["users"].find().to_list())
+    again = await log_in(rest, phone="+49301234567")
+    assert again.user_id != ann.user_id
+
+
+async def test_a_deletion_that_dies_after_any_step_is_finished_by_another_process(
+    rest: Rest, store: Store, desk: Desk
+) -> None:
+    bob_id, bob = await rest.user("Bob")
+    for done in range(len(upkeep.STEPS[DELETION]) + 1):
+        ann = await log_in(rest, phone=f"+4930123456{done}")
+        group_id = await rest.group(ann.access_token, bob_id)
+        await rest.call("PUT", f"/v1/blocks/{bob_id}", ann.access_token)
+        await store.users.begin_deletion(ann.user_id, moment_at(now_ms()))
+        for step in upkeep.STEPS[DELETION][:done]:
+            await step(desk, ann.user_id)
+        assert not await upkeep.finish_one(desk, 60), "its process may be at it still"
+        assert await upkeep.finish_one(desk, -1)
+        assert not await upkeep.finish_one(desk, -1)
+        assert refusal(await rest.call("GET", "/v1/users/me", ann.access_token)) == (401, "revoked")
+        for collection in ("devices", "blocks", "device_keys"):
+            assert await store.db[collection].count_documents({"user_id": ann.user_id}) == 0, collection
+        log = (await rest.call("GET", f"/v1/conversations/{group_id}/messages", bob)).json()["items"]
+        events = [json.loads(message["content"])["event"] for message in log if message["type"] == "system"]
+        assert events.count(EventKind.LEFT) == 1, done

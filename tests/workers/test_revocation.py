@@ -1,0 +1,128 @@
+"""Revocation: which tokens are good, what the cache may keep, and that Redis is not needed for the truth."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from bench.services import free_port
+from protocol import codec, keys, records
+from protocol.errors import AuthErrorCode
+from protocol.models import User, UserStatus
+from workers.broker import BrokerUnavailable, open_broker
+from workers.query import QueryRole
+from workers.revocation import is_good, moment, revoke_device, revoke_others
+from workers.store.devices import NewSession
+
+if TYPE_CHECKING:
+    from workers.broker import Broker
+    from workers.store import Store
+
+pytestmark = pytest.mark.anyio
+
+T0 = 1_800_000_000_000
+
+
+async def log_in(store: Store, device_id: str, at: int = T0, user_id: str = "ann") -> int:
+    """Log a device in; when its token was made."""
+    session = NewSession(f"ses_{device_id}", b"hash", moment(at + 10**9))
+    issued = await store.devices.log_in(user_id, device_id, "web", "", session, moment(at))
+    return int(issued.timestamp() * 1000)
+
+
+async def test_a_revoked_device_is_out_and_comes_back_by_a_new_login(store: Store, broker: Broker) -> None:
+    first = await log_in(store, "phone")
+    await log_in(store, "laptop")
+    assert await is_good(store, broker, "ann", "phone", first)
+    assert await revoke_device(store, broker, "ann", "phone", T0 + 5)
+    assert not await is_good(store, broker, "ann", "phone", first)
+    assert not await is_good(store, broker, "ann", "phone", T0 + 5), "made in the same millisecond"
+    assert await is_good(store, broker, "ann", "laptop", first)
+    assert await store.devices.session("ses_phone") is None
+    again = await log_in(store, "phone", T0 + 6)
+    assert await is_good(store, broker, "ann", "phone", again)
+    assert not await revoke_device(store, broker, "ann", "teapot", T0)
+    assert await revoke_device(store, broker, "ann", "phone", T0 + 7)
+    assert await revoke_device(store, broker, "ann", "phone", T0 + 7), "whoever got no answer asks again"
+
+
+async def test_clocks_that_differ_neither_save_a_token_nor_spoil_a_login(store: Store, broker: Broker) -> None:
+    ahead = await log_in(store, "phone", T0 + 900)
+    assert await revoke_device(store, broker, "ann", "phone", T0)
+    assert not await is_good(store, broker, "ann", "phone", ahead)
+    behind = await log_in(store, "phone", T0 - 900)
+    assert await is_good(store, broker, "ann", "phone", behind)
+
+
+async def test_all_others_are_revoked_known_or_not(store: Store, broker: Broker) -> None:
+    await store.users.create(
+        User(user_id="ann", phone=None, email=None, name="Ann", created_at=moment(T0), status=UserStatus.OFFLINE)
+    )
+    for device_id in ("phone", "laptop", "tablet"):
+        await log_in(store, device_id)
+    await revoke_others(store, broker, "ann", "phone", T0 + 5)
+    assert await is_good(store, broker, "ann", "phone", T0)
+    others: tuple[str | None, ...] = ("laptop", "tablet", "never-seen", None)
+    for other in others:
+        assert not await is_good(store, broker, "ann", other, T0), other
+        assert await is_good(store, broker, "ann", other, T0 + 100), other
+    assert [device.device_id for device in (await store.devices.listed("ann", "", 10))[0]] == ["phone"]
+    await revoke_others(store, broker, "ann", None, T0 + 7)
+    assert not await is_good(store, broker, "ann", "phone", T0)
+
+
+async def test_what_was_read_before_a_change_is_not_cached_after_it(store: Store, broker: Broker) -> None:
+    await log_in(store, "phone")
+    assert await broker.look_session("ann", "claim 1") is None
+    stale = codec.encode_value({"deleted": False, "valid_from": 0, "devices": {}})
+    await revoke_device(store, broker, "ann", "phone", T0 + 5)
+    await broker.fill_session("ann", "claim 1", stale)
+    assert not await is_good(store, broker, "ann", "phone", T0)
+    # While a writer holds it, nobody fills it; and who finds the hold reads the truth.
+    await broker.hold_session("ann")
+    assert not await is_good(store, broker, "ann", "phone", T0)
+    assert await broker.client.get(keys.session("ann")) == b"hold"
+    await broker.drop_session("ann")
+    assert not await is_good(store, broker, "ann", "phone", T0)
+    assert str(await broker.client.get(keys.session("ann"))).startswith("b'{")
+    assert 3500 < await broker.client.ttl(keys.session("ann")) <= 3600
+
+
+async def test_without_redis_the_truth_is_read_and_changed(store: Store) -> None:
+    await log_in(store, "phone")
+    async with open_broker(f"redis://127.0.0.1:{free_port()}/0") as away:
+        assert await is_good(store, away, "ann", "phone", T0)
+        with pytest.raises(BrokerUnavailable):
+            await revoke_device(store, away, "ann", "phone", T0 + 5)
+        assert not await is_good(store, away, "ann", "phone", T0)
+
+
+async def test_gateways_hear_which_tokens_are_void(store: Store, broker: Broker) -> None:
+    await log_in(store, "phone")
+    async with broker.client.pubsub() as heard:
+        await heard.subscribe(keys.user_channel("ann"))
+        await revoke_device(store, broker, "ann", "phone", T0 + 5)
+        while (message := await heard.get_message(timeout=5)) is None or message["type"] != "message":
+            continue
+        assert codec.decode_signal(message["data"]) == records.Revoked("phone", T0 + 6)
+
+
+async def test_the_query_role_refuses_a_revoked_device_and_notes_the_others(store: Store, broker: Broker) -> None:
+    role = QueryRole(store, broker, 4)
+    query = records.OpenQuery("gw", 1, "ann", "phone", {}, T0)
+    item, outcome = await role._item(query)
+    assert (outcome, item) == ("answered", records.OpenAnswer(1, 0, []))
+    for _ in range(2):
+        await role._note_device(query)
+    device = await store.devices.get("ann", "phone")
+    assert device is not None
+    await store.db["devices"].update_one({}, {"$set": {"last_seen": moment(T0)}})
+    await role._note_device(query)
+    device = await store.devices.get("ann", "phone")
+    assert device is not None
+    assert device.last_seen == moment(T0), "once an hour is enough"
+    await revoke_device(store, broker, "ann", "phone", T0 + 5)
+    item, outcome = await role._item(query)
+    assert item == records.OpenAnswer(1, 0, [], AuthErrorCode.REVOKED)
+    assert outcome == "revoked"
