@@ -50,8 +50,8 @@ async def block(request: CallerRequest, user_id: PathId, desk: DeskDependency) -
         raise RestError(ErrorCode.NOT_FOUND, "no such user")
     await desk.store.blocks.block(blocker, user_id, moment_at(now_ms()))
     await _tell_owner(desk, blocker, user_id, blocks=True)
-    change = records.PresenceChange(UserStatus.OFFLINE, 0, hidden_from=user_id)
-    await desk.broker.publish_presence(blocker, change)
+    for one, other in ((blocker, user_id), (user_id, blocker)):
+        await desk.broker.publish_presence(one, records.PresenceChange(UserStatus.OFFLINE, 0, hidden_from=other))
 
 
 @delete(
