@@ -42,8 +42,11 @@ def search(stack: Stack, mark: str, also: Iterable[Path] = ()) -> Search:
     needles = disguises(mark)
     with pymongo.MongoClient[dict[str, Any]](stack.mongodb_url) as mongo:
         _search_mongodb(mongo, needles, result)
-    with redis.Redis.from_url(stack.redis_url) as client:
-        _search_redis(client, needles, result)
+    with redis.Redis.from_url(stack.redis_url, single_connection_client=True) as client:
+        keyspace: Any = client.info("keyspace")
+        for name in keyspace:
+            client.select(int(name.removeprefix("db")))
+            _search_redis(client, needles, result)
     logs = [] if stack.log_dir is None else stack.log_dir.rglob("*.log")
     for path in {*logs, *also}:
         _search_file(path, needles, result)

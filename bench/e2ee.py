@@ -220,15 +220,20 @@ class Demo:
         return f"Megolm: {GROUP_SIZE} phones, session keys by Olm, an edit and a reaction"
 
     async def removal(self) -> str:
-        """Who is removed gets neither the next session's key nor the messages, and could not read them."""
+        """Who is removed gets neither the next session's key nor the messages, and could not read them.
+
+        The control is a message of the old session: it does not reach them, but they could read it.
+        """
         owner, *others, removed = self._members
         refused = await self._api.remove_participant(self._group, removed.user_id, owner.token)
         check(refused is None, f"not removed: {refused}")
-        stayed = [owner, *others]
-        await self._share(stayed)
+        early = await owner.say_group(self._group, self._text("too early"))
+        await self._all_read([early], owner, *others)
+        removed.keyring.unseal(owner.user_id, others[0].contents[early])
+        await self._share([owner, *others])
         secret = await owner.say_group(self._group, self._text("between us"))
         await self._all_read([secret], owner, *others)
-        check(secret not in removed.contents, "the removed member was sent what followed")
+        check(not {early, secret} & removed.contents.keys(), "the removed member was sent what followed")
         try:
             removed.keyring.unseal(owner.user_id, others[0].contents[secret])
         except Unreadable:
@@ -237,7 +242,7 @@ class Demo:
             raise NotProvenError("the removed member can read what followed")
         await removed.phone.go_offline()
         check(not any(phone.unread for phone in self._members), "something was left unread")
-        return "Megolm: rotated when a member was removed, who cannot read what follows"
+        return "Megolm: rotated when a member was removed, who is not sent what follows and cannot read it"
 
     async def _share(self, members: list[SealedPhone]) -> None:
         """New sessions for all of them, known to all of them."""

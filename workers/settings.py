@@ -102,8 +102,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Devices an account has at once; one more login ends the session of the one that was seen longest ago."""
     trusted_proxies: str = "127.0.0.1"
     """Addresses, comma-separated, whose `X-Forwarded-For` is believed; empty for none."""
-    key_identities_per_hour: Annotated[int, Meta(ge=1, le=1_000_000)] = 60
-    """Uploads of an identity or fallback key by one user: another identity is told to everybody they talk to."""
+    key_uploads_per_hour: Annotated[int, Meta(ge=1, le=1_000_000)] = 60
+    """Uploads of identities by one user, and as many of one-time keys: 100 signatures take 10 ms, and a new identity is
+    told to everybody the user talks to."""
     key_claims_per_minute: Annotated[int, Meta(ge=1, le=1_000_000)] = 60
     """Claim requests of one user, each for up to 100 devices."""
     key_claims_per_pair_per_hour: Annotated[int, Meta(ge=1, le=1_000_000)] = 10

@@ -220,10 +220,20 @@ class Owner:
         fallback = self.sign(Purpose.FALLBACK, "fallback")
         return {"identity_key": self.identity_key, "signing_key": self.signing_key, "fallback_key": fallback}
 
-    async def put(self) -> Any:
+    async def put(self) -> int:
+        """The version of the device list then."""
         answer = await self.rest.call("PUT", self.path, self.token, self.body())
         assert answer.status_code == 200, answer.text
-        return answer.json()
+        stored = answer.json()
+        assert stored["device"] == {
+            "device_id": self.device_id,
+            "identity_key": self.identity_key,
+            "signing_key": self.signing_key,
+            "fallback_key_id": "fallback",
+            "one_time_keys": stored["device"]["one_time_keys"],
+        }
+        version: int = stored["version"]
+        return version
 
     async def upload(self, first: int, count: int) -> int:
         body = {"keys": [self.sign(Purpose.ONE_TIME, f"k{number:03}") for number in range(first, first + count)]}
@@ -394,7 +404,7 @@ async def test_nobody_drains_a_device(settings: Settings, store: Store, broker: 
 
 
 async def test_who_claims_or_changes_too_often_has_to_wait(settings: Settings, store: Store, broker: Broker) -> None:
-    few = msgspec.structs.replace(settings, key_claims_per_minute=2, key_identities_per_hour=2)
+    few = msgspec.structs.replace(settings, key_claims_per_minute=2, key_uploads_per_hour=2)
     async with serving(few, store, broker, owner=False) as rest:
         ann, bob = await owner(rest, "Ann"), await owner(rest, "Bob")
         for _ in range(2):
@@ -405,6 +415,10 @@ async def test_who_claims_or_changes_too_often_has_to_wait(settings: Settings, s
         await claim(rest, ann.token, bob.named)
         await bob.put()
         assert refusal(await rest.call("PUT", bob.path, bob.token, bob.body())) == (429, "rate_limited")
+        for _ in range(2):
+            await bob.upload(0, 1)
+        keys_body = {"keys": [bob.sign(Purpose.ONE_TIME, "k000")]}
+        assert refusal(await rest.call("POST", f"{bob.path}/one-time", bob.token, keys_body)) == (429, "rate_limited")
 
 
 async def test_the_device_is_told_once_that_its_keys_run_low(rest: Rest, broker: Broker) -> None:
@@ -429,10 +443,10 @@ async def test_a_changed_device_list_is_told_to_those_one_talks_to_and_to_ones_o
     await store.db["memberships"].update_one({"_id": f"conv_2:{dan.user_id}"}, {"$set": {"leave_seq": 1}})
     people = [person.user_id for person in (ann, bob, cat, dan)]
     async with listening(broker, *people) as heard:
-        await Owner(rest, ann.user_id, ann.token, "tablet").put()
+        assert await Owner(rest, ann.user_id, ann.token, "tablet").put() == 2
         await hear(heard, 3)
-        await ann.put()
-        await Owner(rest, ann.user_id, ann.token, name="another").put()
+        assert await ann.put() == 2
+        assert await Owner(rest, ann.user_id, ann.token, name="another").put() == 3
         await hear(heard, 6)
         await device_keys.retire(store, broker, ann.user_id, "tablet")
         await device_keys.retire(store, broker, ann.user_id, "tablet")

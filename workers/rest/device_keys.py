@@ -96,6 +96,13 @@ class OwnDevices(msgspec.Struct, frozen=True):
     next_cursor: str | None
 
 
+class StoredDevice(msgspec.Struct, frozen=True):
+    """The device as it is now. `version`: of the user's device list; it has grown where the identity is a new one."""
+
+    version: int
+    device: OwnDevice
+
+
 class ForeignDevice(msgspec.Struct, frozen=True):
     device_id: str
     identity_key: str
@@ -148,14 +155,14 @@ class ClaimedKeys(msgspec.Struct, frozen=True):
 )
 async def put_identity(
     request: CallerRequest, device_id: PathDevice, data: JSONBody[NewIdentity], desk: DeskDependency
-) -> Response[OwnDevices]:
-    """The device list's version and this device as it is now.
+) -> Response[StoredDevice]:
+    """The device as it is now, and the device list's version.
 
     Another identity drops the device's one-time keys. 400 for a wrong signature, 403 `forbidden` for a token of another
     device, 409 `conflict` for one device too many.
     """
     user_id = _owner(request, device_id)
-    await spend(desk, "key_identity", user_id, desk.settings.key_identities_per_hour, _HOUR)
+    await spend(desk, "key_identity", user_id, desk.settings.key_uploads_per_hour, _HOUR)
     device = KeyDevice(user_id, device_id, data.identity_key, data.signing_key, data.fallback_key, 0, False)
     _check_signatures(device, Purpose.FALLBACK, [data.fallback_key])
     identity = Identity(data.identity_key, data.signing_key, data.fallback_key)
@@ -164,14 +171,14 @@ async def put_identity(
             raise RestError(ErrorCode.CONFLICT, f"at most {limit} devices of a user have keys")
         case Stored(version=version, changed=changed, left=left):
             task = BackgroundTask(announce, desk.store, desk.broker, user_id, device_id, version) if changed else None
-            return Response(OwnDevices(version, [_own(device, left)], None), background=task)
+            return Response(StoredDevice(version, _own(device, left)), background=task)
 
 
 @post(
     "/v1/keys/{device_id:str}/one-time",
     guards=[user_guard, shape_guard],
     status_code=200,
-    opt={"errors": (ErrorCode.FORBIDDEN, ErrorCode.NOT_FOUND, ErrorCode.CONFLICT)},
+    opt={"errors": (ErrorCode.FORBIDDEN, ErrorCode.NOT_FOUND, ErrorCode.CONFLICT, ErrorCode.RATE_LIMITED)},
     summary="Upload one-time keys of an own device",
 )
 async def add_one_time_keys(
@@ -183,6 +190,7 @@ async def add_one_time_keys(
     another key, and for more than 500 keys.
     """
     user_id = _owner(request, device_id)
+    await spend(desk, "key_one_time", user_id, desk.settings.key_uploads_per_hour, _HOUR)
     device = (await desk.store.device_keys.find([(user_id, device_id)])).get((user_id, device_id))
     if device is None:
         raise RestError(ErrorCode.NOT_FOUND, "this device has no identity key yet")

@@ -237,7 +237,7 @@ class DeviceKeyStore:
         if device.low_told:
             return None
         with store_errors():
-            count = await self._count(device.name, device.generation, None)
+            count = await self._count(device.name, device.generation, None, limit=LOW)
             if count >= LOW:
                 return None
             wanted = {"_id": device.name, "generation": device.generation, "low_told": False}
@@ -282,9 +282,11 @@ class DeviceKeyStore:
                     work, read_concern=ReadConcern("snapshot"), write_concern=self._write_concern
                 )
 
-    async def _count(self, name: str, generation: int, session: AsyncClientSession | None) -> int:
+    async def _count(
+        self, name: str, generation: int, session: AsyncClientSession | None, limit: int = STORED_LIMIT
+    ) -> int:
         wanted = {"device": name, "generation": generation, "free": True}
-        return await self._keys.count_documents(wanted, session=session)
+        return await self._keys.count_documents(wanted, session=session, limit=limit)
 
     async def _version(self, user_id: str, session: AsyncClientSession | None) -> int:
         document = await self._lists.find_one({"_id": user_id}, session=session)

@@ -24,6 +24,10 @@ collection that is younger than its snapshot."""
 
 def index_models(retention_days: int) -> dict[str, list[IndexModel]]:
     """Collection → its indexes. `_id` is the seed's id everywhere, so no index repeats it (design.md section 6.1)."""
+    return {**_log_indexes(retention_days), **_account_indexes()}
+
+
+def _log_indexes(retention_days: int) -> dict[str, list[IndexModel]]:
     return {
         "messages": [
             IndexModel(
@@ -61,6 +65,20 @@ def index_models(retention_days: int) -> dict[str, list[IndexModel]]:
             IndexModel([("user_id", ASCENDING), ("conversation_id", ASCENDING)], name="user_conversation"),
             IndexModel([("conversation_id", ASCENDING)], name="conversation"),
         ],
+        "idempotency_keys": [
+            IndexModel([("created_at", ASCENDING)], name=RETENTION_INDEX, expireAfterSeconds=DAY_SECONDS),
+        ],
+        "dead_letter_queue": [
+            IndexModel([("status", ASCENDING), ("next_retry_at", ASCENDING)], name="status_next_retry"),
+            IndexModel([("created_at", DESCENDING)], name="newest"),
+            IndexModel([("message._id", ASCENDING)], name="message"),
+            IndexModel([("expires_at", ASCENDING)], name=RETENTION_INDEX, expireAfterSeconds=0),
+        ],
+    }
+
+
+def _account_indexes() -> dict[str, list[IndexModel]]:
+    return {
         "blocks": [
             IndexModel([("user_id", ASCENDING), ("blocked_id", ASCENDING)], name="user_blocked"),
         ],
@@ -102,14 +120,5 @@ def index_models(retention_days: int) -> dict[str, list[IndexModel]]:
                 name="upload_order",
             ),
             IndexModel([("claimed_at", ASCENDING)], name=RETENTION_INDEX, expireAfterSeconds=CLAIMED_SECONDS),
-        ],
-        "idempotency_keys": [
-            IndexModel([("created_at", ASCENDING)], name=RETENTION_INDEX, expireAfterSeconds=DAY_SECONDS),
-        ],
-        "dead_letter_queue": [
-            IndexModel([("status", ASCENDING), ("next_retry_at", ASCENDING)], name="status_next_retry"),
-            IndexModel([("created_at", DESCENDING)], name="newest"),
-            IndexModel([("message._id", ASCENDING)], name="message"),
-            IndexModel([("expires_at", ASCENDING)], name=RETENTION_INDEX, expireAfterSeconds=0),
         ],
     }
