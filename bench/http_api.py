@@ -125,21 +125,22 @@ class HttpApi:
         """The conversation as the caller sees it. Raises ApiError, also where the caller is not in it."""
         return await self._demand("GET", f"/v1/conversations/{conversation_id}", token)
 
-    async def items(self, path: str, token: str) -> list[dict[str, Any]]:
-        """All items of a list, page by page. Raises ApiError."""
+    async def items(self, path: str, token: str, pages: int = 100) -> list[dict[str, Any]]:
+        """The items of a list, page by page. Raises ApiError."""
         items: list[dict[str, Any]] = []
         cursor = ""
-        while True:
+        for _ in range(pages):
             page = await self._demand("GET", f"{path}?limit=100{cursor}", token)
             items += page["items"]
             if page["next_cursor"] is None:
-                return items
+                break
             cursor = f"&cursor={page['next_cursor']}"
+        return items
 
-    async def last_messages(self, conversation_id: str, token: str) -> list[StoredMessage]:
-        """The newest 100 at most that the caller may see, newest first. Raises ApiError."""
-        page = await self._demand("GET", f"/v1/conversations/{conversation_id}/messages?limit=100", token)
-        return msgspec.convert(page["items"], list[StoredMessage])
+    async def messages(self, conversation_id: str, token: str, pages: int) -> list[StoredMessage]:
+        """What the caller may see, newest first: so many pages of 100. Raises ApiError."""
+        items = await self.items(f"/v1/conversations/{conversation_id}/messages", token, pages)
+        return msgspec.convert(items, list[StoredMessage])
 
     async def call(self, method: str, path: str, token: str, body: object = None) -> dict[str, Any] | Refusal:
         """The answer's object ({} where it has no body), or the refusal.

@@ -6,7 +6,7 @@ Called by the replay when everybody has everything. Pages it reads go into the l
 from __future__ import annotations
 
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import trio
 
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from bench.folds import GroupState
     from bench.room import Room
 
+HIDERS: Final = 5
+"""So many of those who have deleted something for themselves read the whole log again, like the owner."""
+ALL_PAGES: Final = 100
+
 
 async def inspect(room: Room) -> list[str]:
     """What is not as it should be. Raises ApiError."""
@@ -24,8 +28,10 @@ async def inspect(room: Room) -> list[str]:
     found = [*_compare_log(room, state), *await _compare_conversation(room, state)]
     found += await _compare_people(room, state)
     found += await _compare_settings(room)
-    for person in [room.owner, list(room.members)[-1]]:
-        found += await _read_last_page(room, person)
+    hiders = room.pastimes.hiders[:HIDERS] if room.pastimes is not None else []
+    for person in {room.owner, *hiders}:
+        found += await _read_pages(room, person, ALL_PAGES)
+    found += await _read_pages(room, list(room.members)[-1], 1)
     return [f"{room.transcript.name}: {text}" for text in found]
 
 
@@ -94,10 +100,10 @@ async def _compare_settings(room: Room) -> list[str]:
     return found
 
 
-async def _read_last_page(room: Room, person: int) -> list[str]:
-    """The newest messages as this member reads them: complete; what they look like is for the ledger to judge."""
+async def _read_pages(room: Room, person: int, pages: int) -> list[str]:
+    """The messages as this member reads them: complete; what they look like is for the ledger to judge."""
     asked_at = trio.current_time()
-    messages = await room.shared.api.last_messages(room.conversation_id, room.tokens[person])
+    messages = await room.shared.api.messages(room.conversation_id, room.tokens[person], pages)
     room.shared.ledger.record(
         journal.Looked(
             at=trio.current_time(),
@@ -111,7 +117,7 @@ async def _read_last_page(room: Room, person: int) -> list[str]:
     )
     head = room.shared.ledger.head(room.conversation_id)
     expected = list(range(head, head - len(messages), -1))
-    return _differ("last page of the API", [message.sequence_number for message in messages], expected)
+    return _differ("messages of the API", [message.sequence_number for message in messages], expected)
 
 
 def _epoch_ms(text: str) -> int:

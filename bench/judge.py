@@ -312,7 +312,7 @@ def _is_settled(known_at: float | None, shown: Showing) -> bool:
 
 
 def _look(message: StoredMessage) -> str:
-    look = "as it was sent" if not is_changed(message) else "changed"
+    look = "it was sent" if not is_changed(message) else "changed"
     if message.edited_at is not UNSET:
         look = "edited"
     if message.deleted_at is not UNSET:

@@ -116,6 +116,11 @@ class Pastimes:
             if self._random.random() < share:
                 await deed(index)
 
+    @property
+    def hiders(self) -> list[int]:
+        """Those still there who have deleted a message for themselves."""
+        return sorted({person for person, _ in self._hidden if person in self._room.members})
+
     # --- changes of messages -----------------------------------------------------------------------------------------
 
     async def _edit(self, index: int) -> None:
