@@ -13,6 +13,7 @@ from tests.workers.seeding import Rest, refusal
 
 if TYPE_CHECKING:
     from workers.broker import Broker
+    from workers.store import Store
 
 pytestmark = pytest.mark.anyio
 
@@ -112,6 +113,23 @@ async def test_a_member_arranges_conversations_for_themselves(rest: Rest, broker
         assert refusal(await rest.call("PATCH", f"{path}/settings", token, body)) == (400, "validation_failed"), body
     extreme = await rest.call("PATCH", f"{path}/settings", token, {"muted_until": "9999-12-31T23:59:59-23:59"})
     assert extreme.json()["muted_until"] == "9999-12-31T23:59:59.999000Z"
+
+
+async def test_a_block_while_the_conversation_is_made_counts(
+    rest: Rest, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (ann, token), (bob, blocked) = [await rest.user(name) for name in ("Ann", "Bob")]
+
+    async def block_now(*_: str) -> bool:
+        assert (await rest.call("PUT", f"/v1/blocks/{bob}", token)).status_code == 204
+        return False
+
+    monkeypatch.setattr(store.blocks, "between", block_now)
+    begun = await rest.call("POST", "/v1/conversations", blocked, {"type": "1:1", "participants": [ann]})
+    assert begun.status_code == 201
+    path = f"/v1/conversations/{begun.json()['_id']}/messages"
+    hello = {"content": "hello", "type": "text", "timestamp": 1}
+    assert refusal(await rest.call("POST", path, blocked, hello, Idempotency_Key="k1")) == (403, "blocked")
 
 
 async def told_to(listener: Any) -> Any:

@@ -8,11 +8,12 @@ from typing import Annotated
 from litestar import delete, get, put
 from litestar.params import QueryParameter
 
-from protocol import keys, records
+from protocol import records
 from protocol.errors import ErrorCode
 from protocol.models import UserStatus
+from workers.rest import commands
 from workers.rest.access import shape_guard, user_guard
-from workers.rest.desk import Desk, DeskDependency, now_ms
+from workers.rest.desk import DeskDependency, now_ms
 from workers.rest.errors import RestError
 from workers.rest.shapes import CallerRequest, Limit, Listing, PathId, moment_at
 from workers.store.blocks import Block
@@ -49,7 +50,7 @@ async def block(request: CallerRequest, user_id: PathId, desk: DeskDependency) -
     if await desk.store.users.unknown([user_id]):
         raise RestError(ErrorCode.NOT_FOUND, "no such user")
     await desk.store.blocks.block(blocker, user_id, moment_at(now_ms()))
-    await _tell_owner(desk, blocker, user_id, blocks=True)
+    await commands.note_block(desk, blocker, user_id, blocks=True)
     for one, other in ((blocker, user_id), (user_id, blocker)):
         await desk.broker.publish_presence(one, records.PresenceChange(UserStatus.OFFLINE, 0, hidden_from=other))
 
@@ -63,12 +64,4 @@ async def block(request: CallerRequest, user_id: PathId, desk: DeskDependency) -
 async def unblock(request: CallerRequest, user_id: PathId, desk: DeskDependency) -> None:
     """204, also where there was no block."""
     await desk.store.blocks.unblock(request.user.user, user_id)
-    await _tell_owner(desk, request.user.user, user_id, blocks=False)
-
-
-async def _tell_owner(desk: Desk, blocker: str, blocked: str, *, blocks: bool) -> None:
-    """Repeating the request says it again, where the account's side was written and this was lost."""
-    conversation_id = keys.direct_conversation_id(blocker, blocked)
-    if await desk.store.memberships.role(conversation_id, blocker) is not None:
-        record = records.SetMember(conversation_id, blocker, None, blocks)
-        await desk.broker.append_ingest(keys.shard_of(conversation_id, desk.settings.shards), record)
+    await commands.note_block(desk, request.user.user, user_id, blocks=False)

@@ -30,6 +30,7 @@ from workers.rest.shapes import (
     is_true,
     moment_at,
 )
+from workers.rest.upkeep import tell_of_newcomers
 from workers.store.overviews import Overview, Place
 
 NAMED_LIMIT: Final = 1000
@@ -97,7 +98,17 @@ async def create_conversation(
     created = await commands.create(
         desk, actor, data.conversation_type, participants, data.agent_id, data.title, idempotency_key
     )
+    await tell_of_newcomers(desk, str(created.conversation_id), participants)
+    if data.conversation_type is ConversationType.ONE_TO_ONE:
+        await _note_blocks(desk, *participants)
     return Response(created, status_code=201)
+
+
+async def _note_blocks(desk: Desk, user_id: str, other_id: str) -> None:
+    """A block of the moment before found no conversation whose owner could be told."""
+    for one, other in ((user_id, other_id), (other_id, user_id)):
+        if await desk.store.blocks.who_blocks(other, [one]):
+            await commands.note_block(desk, one, other, blocks=True)
 
 
 async def check_known(desk: Desk, user_ids: list[str]) -> None:
