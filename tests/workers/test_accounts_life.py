@@ -91,6 +91,14 @@ async def test_a_profile_is_changed_and_shown_as_privacy_allows(rest: Rest, stor
         while (await membership(store, group_id, ann.user_id)).hide_reads is not True:  # noqa: ASYNC110 - the owner's
             await anyio.sleep(0.02)
     assert await store.db["users"].count_documents({"unfinished": {"$exists": True}}) == 0
+    await rest.call("DELETE", f"/v1/blocks/{bob_id}", ann.access_token)
+    joined = [await rest.group(bob, ann.user_id), await rest.group(bob)]
+    added = await rest.call("POST", f"/v1/conversations/{joined[1]}/participants", bob, {"user_ids": [ann.user_id]})
+    assert added.status_code == 200
+    with anyio.fail_after(5):
+        for later in joined:
+            while (await membership(store, later, ann.user_id)).hide_reads is not True:  # noqa: ASYNC110 - the owner's
+                await anyio.sleep(0.02)
 
 
 async def test_who_hides_is_hidden_from_those_who_watch(rest: Rest, broker: Broker) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from litestar import Request
 
 from bench.services import free_port
 from protocol import codec, keys, records
@@ -12,6 +13,7 @@ from protocol.errors import AuthErrorCode
 from protocol.models import User, UserStatus
 from workers.broker import BrokerUnavailable, open_broker
 from workers.query import QueryRole
+from workers.rest.allowances import address_of
 from workers.revocation import is_good, moment, revoke_device, revoke_others
 from workers.store.devices import NewSession
 
@@ -126,3 +128,32 @@ async def test_the_query_role_refuses_a_revoked_device_and_notes_the_others(stor
     item, outcome = await role._item(query)
     assert item == records.OpenAnswer(1, 0, [], AuthErrorCode.REVOKED)
     assert outcome == "revoked"
+
+
+async def test_an_account_has_so_many_devices_and_the_one_seen_longest_ago_goes_first(store: Store) -> None:
+    for number, device_id in enumerate(("a", "b", "c", "d")):
+        await log_in(store, device_id, T0 + number)
+    assert await store.devices.surplus("ann", "d", 4) == []
+    assert await store.devices.surplus("ann", "d", 2) == ["b", "a"]
+    await store.devices.seen("ann", "e", 4, moment(T0), moment(T0))
+    await store.devices.seen("ann", "a", 4, moment(T0), moment(T0 + 9))
+    shown = {device.device_id: device.last_seen for device in (await store.devices.listed("ann", "", 10))[0]}
+    assert shown == {"a": moment(T0 + 9), "b": moment(T0 + 1), "c": moment(T0 + 2), "d": moment(T0 + 3)}
+    assert await store.devices.surplus("ann", "d", 2) == ["c", "b"]
+
+
+@pytest.mark.parametrize(
+    ("host", "counted"),
+    [
+        ("192.0.2.7", "192.0.2.7"),
+        ("::ffff:192.0.2.7", "192.0.2.7"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("2001:db8:1:2:ffff::1", "2001:db8:1:2::/64"),
+        ("not an address", "not an address"),
+        (None, ""),
+    ],
+)
+def test_whom_an_address_counts_as(host: str | None, counted: str) -> None:
+    scope = {"type": "http", "client": None if host is None else (host, 1)}
+    request: Request[Any, Any, Any] = Request(scope)  # type: ignore[arg-type] # of a scope, only this is read
+    assert address_of(request) == counted

@@ -27,6 +27,8 @@ from workers.store.errors import StoreUnavailable
 from workers.store.users import DELETION, READ_RECEIPTS
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from workers.rest.desk import Desk
 
 EVERY_SECONDS: Final = 15.0
@@ -123,15 +125,33 @@ async def forget_devices(desk: Desk, user_id: str) -> None:
 
 
 async def tell_owners(desk: Desk, user_id: str) -> None:
-    """Every owner of a live conversation hears whether the account hides what it has read."""
+    """Every owner of a live conversation hears whether the account hides what it has read.
+
+    Two changes at once may tell in any order; so who is done looks again, and the last word is the account's.
+    """
+    told: bool | None = None
+    while told != (hidden := await _hides_reads(desk, user_id)):
+        async for page in desk.store.stays.stays(user_id, live=True):
+            for stay in page:
+                await _tell_owner(desk, stay.membership.conversation_id, user_id, hidden=hidden)
+        told = hidden
+
+
+async def tell_of_newcomers(desk: Desk, conversation_id: str, user_ids: Iterable[str]) -> None:
+    """These have just joined: its owner hears which of them hide what they read."""
+    for user_id, privacy in (await desk.store.users.privacy(user_ids)).items():
+        if not privacy.read_receipts:
+            await _tell_owner(desk, conversation_id, user_id, hidden=True)
+
+
+async def _hides_reads(desk: Desk, user_id: str) -> bool:
     privacy = (await desk.store.users.privacy([user_id])).get(user_id)
-    if privacy is None:
-        return
-    async for page in desk.store.stays.stays(user_id, live=True):
-        for stay in page:
-            conversation_id = stay.membership.conversation_id
-            record = records.SetMember(conversation_id, user_id, not privacy.read_receipts, None)
-            await desk.broker.append_ingest(keys.shard_of(conversation_id, desk.settings.shards), record)
+    return privacy is not None and not privacy.read_receipts
+
+
+async def _tell_owner(desk: Desk, conversation_id: str, user_id: str, *, hidden: bool) -> None:
+    record = records.SetMember(conversation_id, user_id, hidden, None)
+    await desk.broker.append_ingest(keys.shard_of(conversation_id, desk.settings.shards), record)
 
 
 STEPS: Final = {
