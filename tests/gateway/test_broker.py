@@ -479,3 +479,52 @@ async def test_leaving_removes_lease_and_stream(broker: RedisBroker, redis: Wire
     await broker.leave()
     assert await redis.call("EXISTS", keys.instance("gw_1"), keys.down("gw_1")) == 0
     assert await redis.call("SCARD", keys.INSTANCES) == 0
+
+
+# --- migration -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.trio
+async def test_the_neighbours_are_the_other_gateways_that_live_and_do_not_drain(
+    broker: RedisBroker, redis: Wire
+) -> None:
+    good = records.InstanceInfo("gateway", "ws://there", 7, False)
+    leases = {
+        "gw_good": codec.encode_value(good),
+        "gw_draining": codec.encode_value(msgspec.structs.replace(good, draining=True)),
+        "rest_1": codec.encode_value(msgspec.structs.replace(good, kind="rest")),
+        "gw_garbled": b"{}",
+    }
+    for instance_id, lease in leases.items():
+        await redis.call("SET", keys.instance(instance_id), lease)
+    await redis.call("SADD", keys.INSTANCES, "gw_dead", *leases)
+    assert await broker.neighbours() == {"gw_good": good}
+
+
+@pytest.mark.trio
+async def test_a_ticket_is_kept_for_a_minute_and_taken_once(
+    broker: RedisBroker, receiver: Recorder, redis: Wire
+) -> None:
+    ticket = records.MigrationTicket("usr_a", "d1", 99, 1)
+    kept: list[bool] = []
+    broker.keep_ticket("mig_1", ticket, kept.append)
+    await eventually(lambda: kept == [True])
+    assert 58 <= await redis.call("TTL", keys.migration("mig_1")) <= 60
+    assert [broker.redeem(number, "mig_1") for number in (1, 2)] == [None, None]
+    await eventually(lambda: receiver.tickets == [(1, ticket), (2, None)])
+
+
+@pytest.mark.trio
+async def test_tickets_of_a_redis_that_is_away_are_neither_kept_nor_judged(
+    behind_proxy: RedisBroker, proxy: Proxy, receiver: Recorder
+) -> None:
+    kept: list[bool] = []
+    proxy.silent = True
+    behind_proxy.keep_ticket("mig_1", records.MigrationTicket("usr_a", "d1", 99, 1), kept.append)
+    assert behind_proxy.redeem(1, "mig_1") is None
+    proxy.refusing = True
+    proxy.cut()
+    await eventually(lambda: (kept, receiver.tickets) == ([False], [(1, ErrorCode.STORAGE_UNAVAILABLE)]))
+    behind_proxy.keep_ticket("mig_1", records.MigrationTicket("usr_a", "d1", 99, 1), kept.append)
+    assert kept == [False, False]
+    assert behind_proxy.redeem(1, "mig_1") is ErrorCode.STORAGE_UNAVAILABLE
