@@ -70,6 +70,8 @@ class Judge:
         for (conversation_id, sender_id, key), send in self._sends.items():
             if send.ack is None and send.refusal is None:
                 self._add("unanswered", conversation_id, sender_id, f"key {key} was sent and never acked nor refused")
+            elif send.change is not None and send.ack is not None and send.ack[0] == send.target:
+                self._judge_needless(conversation_id, sender_id, key, send)
         for conversation_id, conversation in self._conversations.items():
             self._judge_log(conversation_id, conversation)
             self._judge_reach(conversation_id, conversation)
@@ -139,6 +141,35 @@ class Judge:
         if not true or send.change is not event.event or send.ack != (message.message_id, sequence):
             detail = f"sequence {sequence} ({event.event.value}) is not what was sent as {key}, acked as {send.ack}"
             self._add("altered", conversation_id, user_id, detail)
+
+    def _judge_needless(self, conversation_id: str, user_id: str, key: str, send: Send) -> None:
+        """Acked as its target: it was so already, and another entry of this user says so."""
+        conversation = self._conversations[conversation_id]
+        entries = [
+            event.event
+            for message in conversation.entries.values()
+            if (event := system_event(message)) is not None
+            and event.event in MESSAGE_EVENTS
+            and self._is_like(conversation, message, event, user_id, send)
+        ]
+        if send.change is EventKind.UNREACTED:
+            was_so = EventKind.REACTED not in entries or EventKind.UNREACTED in entries
+        else:
+            was_so = send.change in (EventKind.REACTED, EventKind.HIDDEN) and send.change in entries
+        if not was_so:
+            self._add(
+                "ack", conversation_id, user_id, f"key {key} ({send.change}) was acked without an entry of the log"
+            )
+
+    @staticmethod
+    def _is_like(
+        conversation: Conversation, message: StoredMessage, event: SystemEvent, user_id: str, send: Send
+    ) -> bool:
+        """Is this entry of the same user, about the same message, with the same emoji?"""
+        if event.event is EventKind.HIDDEN:
+            author = conversation.acked.get(message.sequence_number, ("", ""))
+            return author[0] == user_id and message.target_message_id in (UNSET, send.target)
+        return (event.actor, target_of(message, event), _said(event)) == (user_id, send.target, send.content)
 
     # --- who got what ------------------------------------------------------------------------------------------------
 

@@ -174,6 +174,19 @@ def test_a_silenced_member_is_refused() -> None:
     assert judge([*true_run(), *refused(GUEST, ErrorCode.MUTED)]) == []
 
 
+def needless(message: StoredMessage, target: StoredMessage) -> Events:
+    """The same change once more, acked as its target: there was nothing to do."""
+    user_id = AUTHORS[message.sequence_number]
+    key = f"again-{message.sequence_number}"
+    again = msgspec.structs.replace(change_sent(message), idempotency_key=key)
+    name = {"message_id": target.message_id, "sequence_number": target.sequence_number}
+    return [again, acked(message, user_id=user_id, idempotency_key=key, **name)]
+
+
+def test_what_was_so_already_is_no_entry() -> None:
+    assert judge([*true_run(), *needless(LOG[7], WHAT), *needless(LOG[8], WHAT), *needless(LOG[9], HELLO)]) == []
+
+
 def test_changes_are_counted_by_kind() -> None:
     ledger = Ledger()
     for event in true_run():
@@ -208,6 +221,12 @@ MUTATIONS: dict[str, tuple[Callable[[Events], Events], set[str]]] = {
     ),
     "a change was never answered": (
         lambda e: [*e, msgspec.structs.replace(change_sent(LOG[6]), idempotency_key="key-20")], {"unanswered"},
+    ),
+    "an edit was acked and left out": (lambda e: [*e, *needless(LOG[5], WHAT)], {"ack"}),
+    "a reaction was acked and left out": (
+        lambda e: [*e, *(msgspec.structs.replace(x, content="!") if isinstance(x, journal.Sent) else x
+                         for x in needless(LOG[7], WHAT))],
+        {"ack"},
     ),
     "an edit says something else": (lambda e: instead(e, 6, entry(LOG[5], content="forged")), {"altered", "view"}),
     "an edit is ascribed to another": (lambda e: instead(e, 6, entry(LOG[5], actor=OWNER)), {"altered"}),
