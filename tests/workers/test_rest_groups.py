@@ -78,6 +78,21 @@ async def test_who_is_banned_is_out_and_stays_out_until_the_ban_ends(rest: Rest)
     assert bob in again.json()["participants"]
 
 
+async def test_a_key_tells_nothing_of_a_group_that_one_has_left(rest: Rest) -> None:
+    (ann, token), (bob, _), (_, late) = [await rest.user(name) for name in ("Ann", "Bob", "Cat")]
+    body = {"type": "group", "participants": [bob]}
+    made = await rest.call("POST", "/v1/conversations", token, body, Idempotency_Key="k1")
+    path = f"/v1/conversations/{made.json()['_id']}"
+    added = {"user_ids": [(await rest.user("Dan"))[0]]}
+    assert (await rest.call("POST", f"{path}/participants", token, added, Idempotency_Key="k2")).status_code == 200
+    assert (await rest.call("DELETE", f"{path}/participants/{ann}", token)).status_code == 200
+    again = await rest.call("POST", "/v1/conversations", token, body, Idempotency_Key="k1")
+    assert refusal(again) == (409, "conflict")
+    for caller in (token, late):
+        repeated = await rest.call("POST", f"{path}/participants", caller, added, Idempotency_Key="k2")
+        assert refusal(repeated) == (404, "conversation_not_found")
+
+
 async def test_a_member_arranges_conversations_for_themselves(rest: Rest, broker: Broker) -> None:
     (ann, token), (bob, other) = [await rest.user(name) for name in ("Ann", "Bob")]
     groups = [await rest.group(token, bob) for _ in range(2)]

@@ -168,7 +168,14 @@ async def note_block(desk: Desk, blocker: str, blocked: str, *, blocks: bool) ->
 
 
 async def _change_conversation(desk: Desk, record: records.GroupCommand) -> Conversation:
-    return _decode_conversation(await _decided(desk, record))
+    conversation = _decode_conversation(await _decided(desk, record))
+    leaves = isinstance(record, records.RemoveParticipant) and record.user_id == record.actor
+    if record.actor not in conversation.participants and not leaves:
+        # A repeat of what was done while they were in it: how it stands now is not theirs to know.
+        if isinstance(record, records.CreateConversation):
+            raise RestError(ErrorCode.CONFLICT, "this key has made a group that you are no longer in")
+        raise RestError(ErrorCode.CONVERSATION_NOT_FOUND, "no such conversation")
+    return conversation
 
 
 async def _decided(desk: Desk, record: Asked) -> bytes:

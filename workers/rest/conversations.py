@@ -59,7 +59,7 @@ class ConversationChange(msgspec.Struct, frozen=True):
     "/v1/conversations",
     guards=[actor_guard, shape_guard],
     opt={
-        "errors": (ErrorCode.BLOCKED, ErrorCode.GROUP_FULL, ErrorCode.OVERLOADED),
+        "errors": (ErrorCode.BLOCKED, ErrorCode.CONFLICT, ErrorCode.GROUP_FULL, ErrorCode.OVERLOADED),
         "answers": {200: Conversation},
     },
     summary="Create a conversation",
@@ -73,7 +73,7 @@ async def create_conversation(
     """201 with the conversation; 200 when the 1:1 conversation of these two was there already.
 
     400 for unknown users, 403 `blocked` where one of the two blocks the other, or one of a group its creator, 409
-    `group_full` for more than 100 participants.
+    `group_full` for more than 100 participants, `conflict` where this key has made a group that the caller has left.
     """
     actor = request.user.user_id
     if actor is None:
