@@ -6,6 +6,7 @@ measured how long it was without a connection that had let it in. Exit status 1 
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 from typing import TYPE_CHECKING, Any, Final
@@ -72,7 +73,7 @@ def main(args: argparse.Namespace) -> int:
         return 2
     report = run.report()
     report |= {"settings": {name: value for name, value in vars(args).items() if name not in ("command", "json")}}
-    report |= {"machine": figures.machine(), "commit": figures.commit()}
+    report |= {"machine": figures.machine(), "load_average": os.getloadavg()[0], "commit": figures.commit()}
     print("\n".join(plot(report["curve"])))
     figures.print_table("bench drain", {name: value for name, value in report.items() if name != "curve"})
     if args.json:

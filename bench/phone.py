@@ -31,7 +31,7 @@ OPEN_SECONDS: Final = 15.0
 WRITE_SECONDS: Final = 5.0
 LEAVE_SECONDS: Final = 2.0
 """How long the server may take to close the line a phone has migrated from."""
-ALONE_SECONDS: Final = 1.0
+ALONE_SECONDS: Final = 1.5
 """How long a migration may still take when the line it leaves has ended."""
 FIRST_BACKOFF_SECONDS: Final = 0.2
 LAST_BACKOFF_SECONDS: Final = 5.0
