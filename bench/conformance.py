@@ -7,10 +7,12 @@ know, people and conversations that exist, is given to it in a configuration fil
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,6 +21,7 @@ import trio
 
 from bench.http_api import HttpApi
 from bench.load import open_stack
+from bench.stack import PROJECT
 
 if TYPE_CHECKING:
     import argparse
@@ -29,6 +32,21 @@ PHASES: Final = "examples,coverage,fuzzing,stateful"
 LONGEST_SECONDS: Final = 3600.0
 GROUPS: Final = 4
 DEVICE: Final = "phone-1"
+_SCHEMAS: Final = "#/components/schemas/"
+_CLOSED: Final = "Closed"
+JUDGED: Final = {
+    "add_participants": "users that exist",
+    "begin_verification": "either a phone or an email",
+    "block": "somebody else",
+    "claim_keys": "no device twice",
+    "create_conversation": "users that exist, two of them in a 1:1 conversation",
+    "edit_message": "a message that has content",
+    "put_identity": "a good signature",
+    "add_one_time_keys": "good signatures",
+    "send_message": "media or content, a reply to a message of the same conversation",
+}
+"""Routes with a rule that no schema says, and the rule: a body that fits its schema may still be refused with 400."""
+ACCEPTED: Final = ["2xx", "400", "401", "403", "404", "409", "429", "5xx"]
 
 
 class Cast(msgspec.Struct, frozen=True):
@@ -70,32 +88,77 @@ class Run(msgspec.Struct, frozen=True):
     seconds: float
 
 
-def start(rest_url: str, admin_token: str, *options: str, examples: int, seed: int) -> Run:
-    """Set the scene and run schemathesis over it, to its end. Blocks."""
+def start(
+    rest_url: str, admin_token: str, *options: str, examples: int, seed: int, seconds: float = LONGEST_SECONDS
+) -> Run:
+    """Set the scene and run schemathesis over it, to its end. Blocks; raises TimeoutExpired after `seconds`."""
     cast = trio.run(_set_scene, rest_url, admin_token)
     with tempfile.TemporaryDirectory(prefix="trireme-conformance-") as directory:
         config = Path(directory) / "schemathesis.toml"
         config.write_text(configuration(cast))
+        with urllib.request.urlopen(f"{rest_url}/schema/openapi.json", timeout=10) as answer:
+            document = Path(directory) / "openapi.json"
+            document.write_text(json.dumps(closed(json.load(answer))))
         arguments = [
             *(sys.executable, "-m", "schemathesis.cli", "--config-file", str(config)),
-            *("run", f"{rest_url}/schema/openapi.json", "--no-color"),
+            *("run", str(document), "--url", rest_url, "--no-color"),
             *("--max-examples", str(examples), "--seed", str(seed)),
             *options,
         ]
         started = time.monotonic()
         ended = subprocess.run(
-            arguments, capture_output=True, text=True, timeout=LONGEST_SECONDS, check=False, cwd=directory
+            arguments,
+            env=_environment(cast, rest_url),
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
+            cwd=directory,
         )
     return Run(ended.returncode, ended.stdout + ended.stderr, time.monotonic() - started)
 
 
+def closed(document: dict[str, Any]) -> dict[str, Any]:
+    """The document with answers that may hold nothing but what is named.
+
+    The published one leaves room for more, so that clients are ready for it; here an undocumented field is to be found.
+    """
+    text = json.dumps(document["components"]["schemas"]).replace(_SCHEMAS, _SCHEMAS + _CLOSED)
+    shut = {
+        _CLOSED + name: schema | {"additionalProperties": False} if "properties" in schema else schema
+        for name, schema in json.loads(text).items()
+    }
+    document["components"]["schemas"] |= shut
+    for operation in (found for path in document["paths"].values() for found in path.values()):
+        answers = json.dumps(operation["responses"]).replace(_SCHEMAS, _SCHEMAS + _CLOSED)
+        operation["responses"] = json.loads(answers)
+    return document
+
+
+def _environment(cast: Cast, rest_url: str) -> dict[str, str]:
+    """What `understudies` and its imports need."""
+    return {
+        **os.environ,
+        "PYTHONPATH": str(PROJECT),
+        "TRIREME_REST_URL": rest_url,
+        "TRIREME_ADMIN_TOKEN": cast.admin_token,
+        "TRIREME_USER_TOKEN": cast.user_token,
+    }
+
+
 def configuration(cast: Cast) -> str:
     """Whose token opens what, and what exists. A JSON string is a TOML string."""
-    dictionaries = {"users": cast.users, "conversations": cast.conversations, "messages": cast.messages}
+    dictionaries = {
+        "users": cast.users,
+        "conversations": cast.conversations,
+        "messages": cast.messages,
+        "devices": [DEVICE],
+    }
     bindings = {
         "path.conversation_id": "conversations",
         "path.message_id": "messages",
         "path.user_id": "users",
+        "path.device_id": "devices",
         "body.participants[*]": "users",
         "body.user_ids[*]": "users",
         "body.user_id": "users",
@@ -103,6 +166,7 @@ def configuration(cast: Cast) -> str:
     }
     lines = [
         "continue-on-failure = true",
+        'hooks = "bench.understudies"',
         "[generation]",
         'database = "none"',
         "[auth.openapi.user]",
@@ -113,6 +177,12 @@ def configuration(cast: Cast) -> str:
         "[parameters]",
         *(f'"{key}" = {{ dictionary = "{name}", probability = 0.8 }}' for key, name in bindings.items()),
     ]
+    for name in JUDGED:
+        lines += [
+            "[[operations]]",
+            f"include-operation-id = {json.dumps(name)}",
+            f"checks.positive_data_acceptance.expected-statuses = {json.dumps(ACCEPTED)}",
+        ]
     return "\n".join(lines) + "\n"
 
 
