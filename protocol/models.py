@@ -243,6 +243,10 @@ class MessageDocument(StoredMessage, kw_only=True, frozen=True, gc=False):
     """Of a `hidden` entry: its actor."""
     hidden_by: list[str] | UnsetType = UNSET
     """Who has deleted this message for themselves."""
+    changed_seq: int | UnsetType = UNSET
+    """The last entry whose effect this message shows; none before it is applied again."""
+    erase_at: datetime | UnsetType = UNSET
+    """When the content is to be erased; gone once it is."""
 
 
 class IdempotencyKey(msgspec.Struct, kw_only=True, frozen=True):

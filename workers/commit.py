@@ -71,12 +71,7 @@ class Committer:
                 if plan.documents:
                     with metrics.COMMIT_SECONDS.time():
                         await self._store.messages.append(plan.documents)
-                if plan.projections:
-                    await self._store.conversations.apply(
-                        [projection.through(owned) for owned, projection in plan.projections.values()]
-                    )
-                if plan.settings:
-                    await self._store.conversations.set_members(plan.settings)
+                await self._project(plan)
                 plan.outcomes += buried
                 self._remember(plan)
                 return plan
@@ -104,6 +99,14 @@ class Committer:
             self._conversations.forget(touched)
             look_up = True
 
+    async def _project(self, plan: Plan) -> None:
+        """What the documents and settings mean outside the log, before anybody hears of them."""
+        if plan.projections:
+            projected = [projection.through(owned) for owned, projection in plan.projections.values()]
+            await self._store.conversations.apply(projected)
+        if plan.settings:
+            await self._store.conversations.set_members(plan.settings)
+
     async def _plan(self, batch: Sequence[Entry], look_up: bool, now_ms: int) -> Plan:
         await self._conversations.load({entry.conversation_id: entry.shard for entry in batch})
         doubted = batch if look_up else [entry for entry in batch if self._is_doubtful(entry)]
@@ -113,7 +116,9 @@ class Committer:
         replies = await self._find_reply_targets(batch)
         changed = {entry.record.message_id for entry in batch if isinstance(entry.record, records.ChangeMessage)}
         targets = await self._store.changes.targets(list(changed)) if changed else {}
-        return self._planner.plan(batch, Read(found, replies, targets), now_ms)
+        joining = {user_id for entry in batch for user_id in _who_may_join(entry.record)}
+        hiding = await self._store.conversations.hiding(joining) if joining else frozenset()
+        return self._planner.plan(batch, Read(found, replies, targets, hiding), now_ms)
 
     def _is_doubtful(self, entry: Entry) -> bool:
         """May this be the retry of what has its ack, without the insert noticing? A message of a sender who is no
@@ -186,3 +191,11 @@ class Committer:
         return record.instance, records.CommandOutcome(
             record.request, ErrorCode.VALIDATION_FAILED, "the command cannot be stored", b""
         )
+
+
+def _who_may_join(record: records.LogRecord) -> Sequence[str]:
+    match record:
+        case records.CreateConversation(participants=user_ids) | records.AddParticipants(user_ids=user_ids):
+            return user_ids
+        case _:
+            return ()

@@ -322,12 +322,15 @@ class Lane:
 
     def _note_heads(self, plan: Plan) -> None:
         for document in plan.documents:
-            self._heads[document["conversation_id"]] = HeadMark(
-                document["conversation_id"],
-                document["sequence_number"],
-                document["countable"],
-                document["digest"],
-                document["created_at"],
+            conversation_id, at = document["conversation_id"], document["created_at"]
+            if "target_message_id" in document:
+                # A change of a message, private ones among them, is no activity to order conversations by.
+                before = self._heads.get(conversation_id)
+                active_at = None if before is None else before.active_at
+            else:
+                active_at = at
+            self._heads[conversation_id] = HeadMark(
+                conversation_id, document["sequence_number"], document["countable"], document["digest"], at, active_at
             )
         self._keys += plan.keys
 
@@ -400,7 +403,9 @@ class Lane:
             await self._receipts.flush(lazy=True)
             await self._store.marks.flush_heads(list(heads.values()))
         except BaseException:
-            self._heads = heads | self._heads
+            for name, head in heads.items():
+                newer = self._heads.get(name, head)
+                self._heads[name] = newer._replace(active_at=newer.active_at or head.active_at)
             raise
 
     async def _flush_keys(self) -> None:

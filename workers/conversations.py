@@ -161,8 +161,8 @@ class Owned:
         """A member's `blocks` may have changed."""
         self.blocked = not self.is_group and any(member.blocks for member in self.members.values())
 
-    def fold_event(self, event: SystemEvent, sequence: int) -> Folded:
-        """Apply one system message; returns the stays it began and ended."""
+    def fold_event(self, event: SystemEvent, sequence: int, hiding: frozenset[str]) -> Folded:
+        """Apply one system message; returns the stays it began and ended. `hiding`: who hides what they read."""
         joined: list[Membership] = []
         left: list[str] = []
         kind = event.event
@@ -170,7 +170,9 @@ class Owned:
             # Who joins has nothing unread from before: all that counts so far is behind its mark.
             for user_id in event.targets:
                 role = Role.OWNER if kind is EventKind.CREATED and user_id == event.actor else Role.MEMBER
-                membership = new_membership(self.conversation_id, user_id, role, sequence, self.countable)
+                membership = new_membership(
+                    self.conversation_id, user_id, role, sequence, self.countable, hide_reads=user_id in hiding
+                )
                 self.members[user_id] = Member(membership)
                 joined.append(membership)
         elif kind in LEAVING:
@@ -273,21 +275,22 @@ class Conversations:
                     self.lazy[owned.conversation_id, message.sender_id] = member
             elif message.sequence_number > loaded.membership_seq:
                 projection = projection or Projection()
-                self._fold_system(owned, message.system_content, message, projection)
+                await self._fold_system(owned, message.system_content, message, projection)
         owned.countable = countable_at_head
         if projection is not None:
             log.info("projection_repaired", conversation_id=owned.conversation_id, through=owned.membership_seq)
             await self._store.apply([projection.through(owned)])
 
-    @staticmethod
-    def _fold_system(owned: Owned, content: str, message: TailMessage, projection: Projection) -> None:
+    async def _fold_system(self, owned: Owned, content: str, message: TailMessage, projection: Projection) -> None:
         if not content:
             # An edit whose content went with its target: there is nothing left to do.
             owned.membership_seq = message.sequence_number
             return
         event = codec.decode_system_event(content)
+        hiding = await self._store.hiding(event.targets) if event.event in JOINING else frozenset()
         owned.countable = message.countable
-        projection.add(event, owned.fold_event(event, message.sequence_number), message.sequence_number)
+        folded = owned.fold_event(event, message.sequence_number, hiding)
+        projection.add(event, folded, message.sequence_number)
         if (effect := effect_of_tail(event, message)) is not None:
             projection.add_effect(effect)
 

@@ -78,11 +78,12 @@ class Entry:
 
 class Read(NamedTuple):
     """What was read for a batch before it is planned: committed messages by key, where reply targets lie, the targets
-    of changes."""
+    of changes, and who of those who may join hides what they read."""
 
     found: dict[Key, Found]
     replies: dict[str, Place]
     targets: dict[str, Target]
+    hiding: frozenset[str] = frozenset()
 
 
 class Known(msgspec.Struct, frozen=True, gc=False):
@@ -159,7 +160,7 @@ class Planner:
             elif isinstance(record, records.SetMember):
                 self._plan_settings(record, plan)
             else:
-                self._plan_command(entry, record, plan, now_ms)
+                self._plan_command(entry, record, plan, read.hiding, now_ms)
         return plan
 
     def knows(self, entry: Entry) -> bool:
@@ -339,7 +340,7 @@ class Planner:
             keeps_hash=is_edit,
             expires_ms=target.expires_ms if is_edit else 0,
         )
-        message, _ = self._append_event(entry, owned, event, draft, plan, now_ms)
+        message, _ = self._append_event(entry, owned, event, draft, plan, frozenset(), now_ms)
         effect = effect_of(event, owned.last, message.created_at, target.message_id, hidden_for, target.content_hash)
         if effect is not None:
             plan.projections[owned.conversation_id][1].add_effect(effect)
@@ -354,12 +355,19 @@ class Planner:
         self._acknowledge(record, plan.known[entry.key], MessageStatus.SENT, plan)
 
     def _append_event(
-        self, entry: Entry, owned: Owned, event: SystemEvent, draft: Draft, plan: Plan, now_ms: int
+        self,
+        entry: Entry,
+        owned: Owned,
+        event: SystemEvent,
+        draft: Draft,
+        plan: Plan,
+        hiding: frozenset[str],
+        now_ms: int,
     ) -> tuple[StoredMessage, Folded]:
         """Any system message: its place, and what it makes of the conversation."""
         message = self._append(entry, owned, plan, draft, now_ms)
         _, projection = plan.projections.setdefault(owned.conversation_id, (owned, Projection()))
-        folded = owned.fold_event(event, owned.last)
+        folded = owned.fold_event(event, owned.last, hiding)
         projection.add(event, folded, owned.last)
         fingerprint = hash((draft.hashed, MessageType.SYSTEM.value, None, None))
         plan.known[entry.key] = Known(entry.message_id, owned.last, owned.created_ms, fingerprint)
@@ -379,7 +387,9 @@ class Planner:
             owned.note_blocks()
         plan.settings.append(MemberSettings(record.conversation_id, record.user_id, record.hide_reads, record.blocks))
 
-    def _plan_command(self, entry: Entry, record: records.GroupCommand, plan: Plan, now_ms: int) -> None:
+    def _plan_command(
+        self, entry: Entry, record: records.GroupCommand, plan: Plan, hiding: frozenset[str], now_ms: int
+    ) -> None:
         owned = self._conversations.get(record.conversation_id)
         known = self._known(entry.key, plan)
         if known is not None and owned is not None:
@@ -388,7 +398,7 @@ class Planner:
             return
         match record:
             case records.CreateConversation():
-                self._plan_create(entry, record, plan, owned, now_ms)
+                self._plan_create(entry, record, plan, owned, hiding, now_ms)
             case records.AddParticipants() | records.RemoveParticipant() | records.ChangeConversation():
                 if owned is None:
                     self._refuse(record, plan, _NO_CONVERSATION)
@@ -400,7 +410,7 @@ class Planner:
                     case groups.NoChange():
                         self._answer(record, plan, owned)
                     case groups.Change(event):
-                        self._append_step(entry, record, owned, event, plan, now_ms)
+                        self._append_step(entry, record, owned, event, plan, hiding, now_ms)
                     case _:
                         assert_never(verdict)
             case _:
@@ -412,6 +422,7 @@ class Planner:
         record: records.CreateConversation,
         plan: Plan,
         owned: Owned | None,
+        hiding: frozenset[str],
         now_ms: int,
     ) -> None:
         if owned is not None and (owned.last > 0 or not owned.is_group):
@@ -424,14 +435,14 @@ class Planner:
         conversation = groups.new_conversation(record, from_ms(now_ms))
         owned = Owned(entry.shard, conversation)
         if not owned.is_group:
-            members = groups.first_members(record)
+            members = groups.first_members(record, hiding)
             owned.adopt(members)
             plan.created.append((conversation, members))
             plan.notices.append(notices.created(owned, owned.roster))
             self._answer(record, plan, owned)
         else:
             plan.created.append((conversation, []))
-            self._append_step(entry, record, owned, groups.created_event(record), plan, now_ms)
+            self._append_step(entry, record, owned, groups.created_event(record), plan, hiding, now_ms)
         self._conversations.put(owned)
 
     def _append_step(
@@ -441,12 +452,13 @@ class Planner:
         owned: Owned,
         event: SystemEvent,
         plan: Plan,
+        hiding: frozenset[str],
         now_ms: int,
     ) -> None:
         """A step of the conversation's state takes its place in the log, and the state goes along."""
         before = owned.roster
         draft = _event_draft(event, owned, record.command_id, now_ms)
-        message, folded = self._append_event(entry, owned, event, draft, plan, now_ms)
+        message, folded = self._append_event(entry, owned, event, draft, plan, hiding, now_ms)
         # Who was removed sees that it happened; who was added sees it as the first message.
         plan.committed.append(Committed(message, before if folded.left else owned.roster, "", 0))
         plan.notices += notices.of_event(owned, event.event, folded)

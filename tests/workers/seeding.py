@@ -94,9 +94,8 @@ class Log:
         await self.store.marks.flush_marks([mark])
 
     async def flush(self) -> None:
-        head = HeadMark(
-            self.conversation_id, self.last, self.countable, self.digest, START + timedelta(seconds=self.last)
-        )
+        at = START + timedelta(seconds=self.last)
+        head = HeadMark(self.conversation_id, self.last, self.countable, self.digest, at, at)
         await self.store.marks.flush_heads([head])
         # The flusher's write is a light one; a majority write behind it makes it visible to majority reads.
         await self.store.db["sequence_numbers"].update_one(

@@ -291,6 +291,60 @@ async def test_who_hides_what_they_read_has_got_it_for_all_that_others_know(yard
     assert (ack["payload"]["status"], hidden, read) == ("delivered", MessageStatus.DELIVERED, MessageStatus.READ)
 
 
+async def test_who_joins_hides_what_they_read_as_their_account_says(
+    yard: Yard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Created, added, and folded after a crash: the account's word holds from the first message on."""
+    for user_id in ("bob", "cat"):
+        await yard.store.db["users"].insert_one({"_id": user_id, "privacy": {"read_receipts": False}})
+    async with run_lane(yard):
+        pair = await yard.create("ann", "bob")
+        group = await yard.create("ann", "bob", kind=ConversationType.GROUP)
+        await yard.add(group, "ann", "cat", "dan", request="a1")
+        await yard.next_down(records.CommandOutcome, 3)
+    reached = anyio.Event()
+
+    async def never(*_: object) -> None:
+        reached.set()
+        await anyio.sleep_forever()
+
+    other = await yard.create("dan", "cat", kind=ConversationType.GROUP)
+    with monkeypatch.context() as patched:
+        patched.setattr(yard.store.conversations, "apply", never)
+        async with crashing_lane(yard):
+            with anyio.fail_after(5):
+                await reached.wait()
+    async with run_lane(yard):
+        await yard.next_down(records.CommandOutcome, 1)
+    stays = await yard.store.db["memberships"].find({"hide_reads": True}).to_list()
+    assert {(stay["conversation_id"], stay["user_id"]) for stay in stays} == {
+        (pair, "bob"),
+        (group, "bob"),
+        (group, "cat"),
+        (other, "cat"),
+    }
+
+
+async def test_a_change_of_a_message_is_no_activity_to_order_conversations_by(yard: Yard) -> None:
+    async with run_lane(yard):
+        conv = await yard.create("ann", "bob")
+        target = await yard.said(conv, "ann", "k1")
+        sent_at = (await yard.stored(target))["created_at"]
+        await anyio.sleep(0.002)
+        await yard.changed(conv, "bob", "h1", target, records.Delete(for_all=False))
+
+    async def flushed(sequence: int) -> bool:
+        return (await conversation(yard, conv))["last_sequence_number"] == sequence
+
+    await eventually(lambda: flushed(2))
+    first = (await conversation(yard, conv))["last_message_at"]
+    async with run_lane(yard):
+        await yard.changed(conv, "bob", "r1", target, records.Delete(for_all=False))
+        await yard.changed(conv, "ann", "r2", target, records.React("x", add=True))
+    await eventually(lambda: flushed(3))
+    assert first == (await conversation(yard, conv))["last_message_at"] == sent_at
+
+
 # --- crashes and late owners -----------------------------------------------------------------------------------------
 
 

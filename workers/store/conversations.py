@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from msgspec import UNSET
 from pymongo import DESCENDING, ReplaceOne, UpdateOne
 from pymongo.errors import BulkWriteError
 
@@ -96,6 +97,7 @@ class ConversationStore:
         self._memberships = database["memberships"]
         self._messages = database["messages"]
         self._sequences = database["sequence_numbers"]
+        self._users = database["users"]
 
     async def load(self, conversation_ids: Sequence[str]) -> dict[str, Loaded]:
         """State of these conversations; unknown ids are left out. A constant number of round trips."""
@@ -212,6 +214,12 @@ class ConversationStore:
                         raise
             if marks:
                 await self._conversations.bulk_write(marks, ordered=False)
+
+    async def hiding(self, user_ids: Iterable[str]) -> frozenset[str]:
+        """Those whose account hides what it has read: their new stays do so from the start. Raises StoreUnavailable."""
+        wanted = {"_id": {"$in": list(user_ids)}, "privacy.read_receipts": False}
+        with store_errors():
+            return frozenset([document["_id"] async for document in self._users.find(wanted, {"_id": 1})])
 
     async def set_members(self, settings: Iterable[MemberSettings]) -> None:
         """Write what accounts' settings mean for these live memberships. Raises StoreUnavailable."""
@@ -347,7 +355,7 @@ def conversation_of(document: Document) -> Conversation:
 
 
 def new_membership(
-    conversation_id: str, user_id: str, role: Role, join_seq: int, countable_before: int, read_seq: int | None = None
+    conversation_id: str, user_id: str, role: Role, join_seq: int, countable_before: int, *, hide_reads: bool = False
 ) -> Membership:
     """A fresh stay from `join_seq` on: nothing before it counts as unread or undelivered."""
     return Membership(
@@ -357,9 +365,10 @@ def new_membership(
         role=role,
         join_seq=join_seq,
         delivered_seq=join_seq - 1,
-        read_seq=join_seq - 1 if read_seq is None else read_seq,
+        read_seq=join_seq - 1,
         read_countable=countable_before,
         devices={},
+        hide_reads=True if hide_reads else UNSET,
     )
 
 

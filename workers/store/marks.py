@@ -38,13 +38,15 @@ class Mark(NamedTuple):
 
 
 class HeadMark(NamedTuple):
-    """All marks caused by messages up to `sequence_number` are flushed."""
+    """All marks caused by messages up to `sequence_number` are flushed. `active_at`: when the conversation was last
+    active, None where nothing but changes of its messages came."""
 
     conversation_id: str
     sequence_number: int
     countable: int
     digest: bytes
     created_at: datetime
+    active_at: datetime | None
 
 
 class MarkStore:
@@ -93,12 +95,10 @@ class MarkStore:
                 "updated_at": head.created_at,
             }
             sequences.append(UpdateOne(newer, {"$set": values}))
-            conversations.append(
-                UpdateOne(
-                    {"_id": head.conversation_id},
-                    {"$max": {"last_sequence_number": head.sequence_number, "last_message_at": head.created_at}},
-                )
-            )
+            maxima: Document = {"last_sequence_number": head.sequence_number}
+            if head.active_at is not None:
+                maxima["last_message_at"] = head.active_at
+            conversations.append(UpdateOne({"_id": head.conversation_id}, {"$max": maxima}))
         with store_errors():
             for chunk in _chunks(sequences):
                 await self._sequences.bulk_write(chunk, ordered=False)
