@@ -128,11 +128,8 @@ def run_stack(
             name = f"worker-{number + 1}"
             processes.append(_start("worker", name, ["-m", "workers", *roles], environment, directory, None))
         for number in range(gateways):
-            port = free_port()
-            own = {**environment, "TRIREME_GATEWAY_PORT": str(port)}
-            if len(transports) > 1:
-                own["TRIREME_GATEWAY_TRANSPORT"] = transports[number % len(transports)]
-            processes.append(_start("gateway", f"gateway-{number + 1}", ["-m", "gateway"], own, directory, port))
+            kind = transports[number % len(transports)] if len(transports) > 1 else None
+            processes.append(_start_gateway(f"gateway-{number + 1}", kind, environment, directory))
         rest_port = free_port()
         own = {**environment, "TRIREME_REST_PORT": str(rest_port)}
         processes.append(_start("rest", "rest", ["-m", "workers", "rest"], own, directory, rest_port))
@@ -188,6 +185,15 @@ def _start(
     log = directory / f"{name}.log"
     popen = spawn([sys.executable, *arguments], log, environment, PROJECT)
     return Process(role, name, popen, log, port, arguments, environment)
+
+
+def _start_gateway(name: str, transport: str | None, environment: dict[str, str], directory: Path) -> Process:
+    """`transport` None: the environment's."""
+    port = free_port()
+    own = {**environment, "TRIREME_GATEWAY_PORT": str(port)}
+    if transport is not None:
+        own["TRIREME_GATEWAY_TRANSPORT"] = transport
+    return _start("gateway", name, ["-m", "gateway"], own, directory, port)
 
 
 def wait_ready(processes: Sequence[Process]) -> None:
