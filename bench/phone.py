@@ -116,6 +116,8 @@ class Phone:
         """The one it speaks on."""
         self._lines: set[Line] = set()
         self._moving = trio.CancelScope()
+        self._gave_up_at = float("-inf")
+        """When a second line ended before it was in: its gateway may let it in late and take the device from us."""
         self._tried = ""
         self._code = 1006
         self._writing = trio.Lock()
@@ -262,6 +264,8 @@ class Phone:
         refusal = self.client.auth_error
         if refusal is not None and refusal.error not in _RETRIED_AUTH:
             raise PhoneError(f"{self.client.user_id}: {refusal.error.value}")
+        if code == CloseCode.REPLACED and trio.current_time() - self._gave_up_at < OPEN_SECONDS:
+            return
         if refusal is None and code in _NEVER_AGAIN:
             raise PhoneError(f"{self.client.user_id}: closed with {code}")
 
@@ -339,6 +343,8 @@ class Phone:
         """A line has ended. Only the end of the one we speak on is an event."""
         self._lines.discard(line)
         line.closed.set()
+        if line.number == 0:
+            self._gave_up_at = trio.current_time()
         if line is self._line:
             self._line = None
             self._code = code
