@@ -97,7 +97,8 @@ def _leaves(group: BaseExceptionGroup[Any] | None) -> list[BaseException]:
 def judge(sealed: Search, plain: Search) -> list[str]:
     """What the two searches prove. Raises NotProvenError."""
     places = ", ".join(dict.fromkeys(plain.found))
-    for kind in ("mongodb", "redis", "log valkey-commands"):
+    # Streams are trimmed: in Redis it may be gone by now, but not from what went through it.
+    for kind in ("mongodb", "log valkey-commands"):
         if not any(place.startswith(kind) for place in plain.found):
             raise NotProvenError(f"the search did not find the unencrypted message in {kind}: {places}")
     if sealed.found:

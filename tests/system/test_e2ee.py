@@ -68,9 +68,9 @@ def test_a_word_is_recognised_within_base64_and_hexadecimal(before: int) -> None
 
 
 def test_the_verdict_needs_both_searches() -> None:
-    everywhere = Search(found=["mongodb trireme.messages", "redis ingest:1", "log valkey-commands.log"])
+    everywhere = Search(found=["mongodb trireme.messages", "log valkey-commands.log"])
     assert len(e2ee.judge(Search(), everywhere)) == 2
     with pytest.raises(e2ee.NotProvenError, match="plaintext in log rest"):
         e2ee.judge(Search(found=["log rest.log"]), everywhere)
-    with pytest.raises(e2ee.NotProvenError, match="did not find the unencrypted message in redis"):
+    with pytest.raises(e2ee.NotProvenError, match="did not find the unencrypted message in log"):
         e2ee.judge(Search(), Search(found=["mongodb trireme.messages"]))
