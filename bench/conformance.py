@@ -191,8 +191,8 @@ async def _set_scene(rest_url: str, admin_token: str) -> Cast:
         users = [await api.create_user(name) for name in ("Ann", "Bob", "Cat", "Dan")]
         tokens = [await api.create_token(user_id, DEVICE) for user_id in users]
         conversations = [
-            await api.create_conversation("1:1", [users[1]], tokens[0]),
             *[await api.create_conversation("group", users[1:3], tokens[0]) for _ in range(GROUPS)],
+            await api.create_conversation("1:1", [users[1]], tokens[0]),
         ]
         messages = [await _say(api, room, token) for room in conversations for token in tokens[:2]]
     return Cast(tokens[0], admin_token, users, conversations, messages)
