@@ -5,6 +5,7 @@ from __future__ import annotations
 from base64 import b64encode
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from functools import partial
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,7 @@ def identity(name: str) -> Identity:
 
 async def device(store: Store, user_id: str = "usr_a", device_id: str = "phone", name: str = "1") -> KeyDevice:
     """A device with this identity, as it is stored."""
-    assert isinstance(await store.device_keys.put(user_id, device_id, identity(name), NOW), Stored)
+    assert isinstance(await store.device_keys.put(user_id, device_id, identity(name), NOW, 8), Stored)
     return (await store.device_keys.find([(user_id, device_id)]))[user_id, device_id]
 
 
@@ -72,7 +73,7 @@ async def device(store: Store, user_id: str = "usr_a", device_id: str = "phone",
 
 
 async def test_the_version_grows_with_a_device_another_identity_and_a_removal_only(store: Store) -> None:
-    put = store.device_keys.put
+    put = partial(store.device_keys.put, limit=8)
     assert await put("usr_a", "phone", identity("1"), NOW) == Stored(1, True, 0)
     assert await put("usr_a", "phone", identity("1"), NOW) == Stored(1, False, 0)
     assert await put("usr_a", "tablet", identity("2"), NOW) == Stored(2, True, 0)

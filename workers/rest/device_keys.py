@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 ANNOUNCED_LIMIT: Final = 10_000
 """Most people who are told of one change; the others see the version when they next ask for the list."""
 _HOUR: Final = 3600
+_PAGE: Final = 100
 
 PathDevice = Annotated[str, PathParameter(pattern=r"^[A-Za-z0-9._:-]{1,64}$")]
 DeviceCursor = Annotated[str | None, QueryParameter(pattern=r"^[A-Za-z0-9._:-]{1,64}$", required=False)]
@@ -166,8 +167,9 @@ async def put_identity(
     device = KeyDevice(user_id, device_id, data.identity_key, data.signing_key, data.fallback_key, 0, False)
     _check_signatures(device, Purpose.FALLBACK, [data.fallback_key])
     identity = Identity(data.identity_key, data.signing_key, data.fallback_key)
-    match await desk.store.device_keys.put(user_id, device_id, identity, moment_at(now_ms())):
-        case TooManyDevices(limit=limit):
+    limit = desk.settings.devices_per_account
+    match await desk.store.device_keys.put(user_id, device_id, identity, moment_at(now_ms()), limit):
+        case TooManyDevices():
             raise RestError(ErrorCode.CONFLICT, f"at most {limit} devices of a user have keys")
         case Stored(version=version, changed=changed, left=left):
             task = BackgroundTask(announce, desk.store, desk.broker, user_id, device_id, version) if changed else None
@@ -340,9 +342,12 @@ async def announce(store: Store, broker: Broker, user_id: str, device_id: str, v
     payload = frames.IdentityChangedPayload(user_id=user_id, device_id=device_id, version=version)
     frame = frames.IdentityChanged(payload=payload)
     try:
-        for device in (await store.device_keys.listed(user_id, "", 100))[0]:
-            if device.device_id != device_id:
-                await broker.notify_user(user_id, _tell(frame, device.device_id))
+        after: str | None = ""
+        while after is not None:
+            own, after = await store.device_keys.listed(user_id, after, _PAGE)
+            for other in own:
+                if other.device_id != device_id:
+                    await broker.notify_user(user_id, _tell(frame, other.device_id))
         told = {user_id}
         async for people in store.device_keys.neighbours(user_id):
             for person in sorted(people - told)[: ANNOUNCED_LIMIT - len(told)]:

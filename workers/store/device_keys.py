@@ -33,8 +33,6 @@ LOW: Final = 20
 """One-time keys below which a device is told to upload more."""
 STORED_LIMIT: Final = 500
 """One-time keys kept for one device."""
-DEVICE_LIMIT: Final = 32
-"""Devices of one user with keys: four times what may be connected, since an old one stays until it is revoked."""
 _TRANSACTION_SECONDS: Final = 5.0
 _PAGE: Final = 50
 """Conversations per page of `neighbours`: with groups of 100 at most 5,000 people at a time."""
@@ -115,7 +113,7 @@ class DeviceKeyStore:
     # --- uploads -----------------------------------------------------------------------------------------------------
 
     async def put(
-        self, user_id: str, device_id: str, identity: Identity, now: datetime, limit: int = DEVICE_LIMIT
+        self, user_id: str, device_id: str, identity: Identity, now: datetime, limit: int
     ) -> Stored | TooManyDevices:
         """Set a device's identity and fallback key. Another identity takes the one-time keys of the last with it."""
         name = _name(user_id, device_id)
