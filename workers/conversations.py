@@ -85,6 +85,11 @@ class Member:
         """(delivered, read) as others may know them: who hides what it reads has got it, no more."""
         return (max(self.delivered, self.read), 0) if self.hide_reads else (self.delivered, self.read)
 
+    def told_marks(self) -> tuple[int, int]:
+        """(delivered, read) as a `receipt_update` tells them: only what a device has confirmed is delivered, so neither
+        goes back when the member begins or ends to hide what it reads."""
+        return self.delivered, 0 if self.hide_reads else self.read
+
     def mark(self, conversation_id: str) -> Mark:
         """What the next flush writes for this member; forgets the moved cursors."""
         devices, self.devices = self.devices, {}
@@ -138,7 +143,7 @@ class Owned:
         self.created_ms = int(created_at.timestamp() * 1000) if created_at else 0
         self.inboxed: dict[str, list[tuple[int, str]]] = {}
         """User → (sequence, message id) put into the inbox here and not yet delivered."""
-        self.announced = {name: member.shown_marks() for name, member in self.members.items()} if self.is_group else {}
+        self.announced = {name: member.told_marks() for name, member in self.members.items()} if self.is_group else {}
         """Of a group: member → its marks that the authors have been told."""
 
     @property

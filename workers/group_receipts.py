@@ -2,7 +2,7 @@
 `receipts.py`.
 
 An author hears of the newest of their messages that somebody else has just stored or read: how many of the others who
-can see it have it, and how far all of them have come. What a member has read and hides counts as stored.
+can see it have it, and how far all of them have come. Who hides what they read counts as having stored it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def steps(owned: Owned, user_ids: Iterable[str]) -> list[Step]:
             continue
         nothing = member.join_seq - 1
         told = owned.announced.get(user_id, (nothing, nothing))
-        for before, now in zip(told, member.shown_marks(), strict=True):
+        for before, now in zip(told, member.told_marks(), strict=True):
             if now > before:
                 found.append(Step(user_id, max(before, nothing), now))
     return found
@@ -52,12 +52,14 @@ def concerned(owned: Owned, moved: list[Step], messages: Iterable[tuple[int, str
         movers = [step.user_id for step in moved if step.user_id != author and step.after < sequence <= step.through]
         if movers:
             found[author] = sequence, movers[-1]
+            if len(found) == len(owned.members):
+                break
     return found
 
 
 def frame(owned: Owned, author: str, sequence: int, mover: str, now_ms: int) -> bytes:
     """The author's `receipt_update`."""
-    others = [(member.join_seq, *member.shown_marks()) for member in owned.members.values() if member.user_id != author]
+    others = [(member.join_seq, *member.told_marks()) for member in owned.members.values() if member.user_id != author]
     # Who came later does not see the message.
     marks = [(delivered, read) for joined, delivered, read in others if joined <= sequence]
     payload = frames.ReceiptUpdatePayload(

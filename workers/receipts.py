@@ -248,7 +248,7 @@ class Receipts:
 
 
 def _shown(owned: Owned, user_ids: Iterable[str]) -> dict[str, tuple[int, int]]:
-    return {name: owned.members[name].shown_marks() for name in user_ids if name in owned.members}
+    return {name: owned.members[name].told_marks() for name in user_ids if name in owned.members}
 
 
 def _direct_update(owned: Owned, member: Member, what: _Moved, now_ms: int) -> list[tuple[Sequence[str], bytes]]:
@@ -256,7 +256,7 @@ def _direct_update(owned: Owned, member: Member, what: _Moved, now_ms: int) -> l
     what they read tells nothing by reading."""
     if not what.delivered and member.hide_reads:
         return []
-    delivered, read = member.shown_marks()
+    delivered, read = member.told_marks()
     payload = frames.ReceiptUpdatePayload(
         conversation_id=owned.conversation_id,
         user_id=member.user_id,

@@ -118,7 +118,7 @@ async def test_a_tick_tells_each_author_once_about_their_newest_message_concerne
         for number, sender in enumerate(("ann", "ann", "bob", "ann")):
             await yard.send(group, sender, f"k{number}")
         ids = [ack["payload"]["message_id"] for ack in await yard.acks(4)]
-        await eventually(lambda: settled(yard))
+        answered = await receipts(yard, 2)
         both = [records.DeliveredMark(name, "d1", ids[2]) for name in ("cat", "dan")]
         shard = keys.shard_of(group, SHARDS)
         await yard.broker.append_ingest(shard, records.Receipts(both, []))
@@ -126,6 +126,10 @@ async def test_a_tick_tells_each_author_once_about_their_newest_message_concerne
         await eventually(lambda: settled(yard))
         await anyio.sleep(0.2)
     assert not [item for item in yard.down if is_receipt(item)]
+    assert sorted((users[0], update.sequence_number, update.read_count) for users, update in answered) == [
+        ("ann", 3, 1),
+        ("bob", 4, 1),
+    ], "who answers has read what came before"
     by_author = {users[0]: update for users, update in told}
     assert set(by_author) == {"ann", "bob"}
     assert (by_author["ann"].sequence_number, by_author["ann"].delivered_count) == (3, 2)
@@ -174,6 +178,26 @@ async def test_who_hides_what_they_read_moves_no_read_mark_but_their_own_badge(y
     ]
     assert (told[2][1].delivered_count, told[2][1].read_count) == (2, 1)
     assert standing == {conv: 0, group: 0}
+
+
+async def test_no_receipt_goes_back_when_somebody_stops_hiding_what_they_read(yard: Yard) -> None:
+    await yard.connect("ann", "bob")
+    async with run_lane(yard):
+        conv = await yard.create("ann", "bob")
+        await yard.put(records.SetMember(conv, "bob", True, None), conv)
+        ids = []
+        for number, sender in enumerate(("ann", "ann", "bob", "ann")):
+            await yard.send(conv, sender, f"k{number}")
+            ids += [ack["payload"]["message_id"] for ack in await yard.acks(1)]
+        ((users, _),) = await receipts(yard, 1)
+        assert users == ["bob"], "ann has answered; bob, who hides, has told nothing by answering"
+        await yard.delivered(ids[0], "bob")
+        updates = [update for _, update in await receipts(yard, 1)]
+        await yard.put(records.SetMember(conv, "bob", False, None), conv)
+        await eventually(lambda: settled(yard))
+        await yard.delivered(ids[1], "bob")
+        updates += [update for _, update in await receipts(yard, 1)]
+    assert [(update.delivered_through, update.read_through) for update in updates] == [(1, UNSET), (3, 3)]
 
 
 def is_receipt(item: records.DownItem) -> bool:
