@@ -142,7 +142,6 @@ class QueryRole:
         except (BrokerUnavailable, StoreUnavailable) as error:
             log.warning("inbox_untidied", error=str(error))
 
-
     async def _note_device(self, query: records.OpenQuery) -> None:
         """Write down that the device and its user were here, once an hour."""
         try:

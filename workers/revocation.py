@@ -11,6 +11,7 @@ import secrets
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Final
 
+import anyio
 import msgspec
 import structlog
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+_CACHE_SECONDS: Final = 1.0
+"""A copy that takes longer is no help: the truth is two reads away."""
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND: Final = timedelta(milliseconds=1)
 
@@ -55,11 +58,12 @@ async def _validity(store: Store, broker: Broker, user_id: str) -> Validity:
     claim = "claim " + secrets.token_hex(8)
     claimed = False
     try:
-        cached = await broker.look_session(user_id, claim)
+        with anyio.fail_after(_CACHE_SECONDS):
+            cached = await broker.look_session(user_id, claim)
         if cached is not None and cached.startswith(b"{"):
             return _decode(cached)
         claimed = cached is None
-    except BrokerUnavailable as error:
+    except (BrokerUnavailable, TimeoutError) as error:
         log.debug("session_cache_away", error=str(error))
     except msgspec.DecodeError as error:
         log.warning("session_cache_unreadable", user_id=user_id, error=str(error))
@@ -93,10 +97,16 @@ async def revoke_others(store: Store, broker: Broker, user_id: str, keep: str | 
     await hold(broker, user_id)
     await store.devices.revoke_all(user_id, keep, moment(now_ms))
     await broker.drop_session(user_id)
-    # A connection is ended by the device it is of; one that nobody wrote down yet is in the registry.
-    others = [""] if keep is None else set(await broker.connected_devices(user_id)) - {keep}
-    for device_id in others:
-        await broker.signal_user(user_id, records.Revoked(device_id, now_ms + 1))
+    found = await store.devices.validity(user_id)
+    at_least = moment(now_ms + 1)
+    if keep is None:
+        latest = max([at_least, *found.devices.values()])
+        await broker.signal_user(user_id, records.Revoked("", _ms(latest)))
+    else:
+        # A connection is ended by the device it is of; one that nobody wrote down yet is in the registry.
+        for device_id in {*found.devices, *await broker.connected_devices(user_id)} - {keep}:
+            valid_from = max(at_least, found.devices.get(device_id, at_least))
+            await broker.signal_user(user_id, records.Revoked(device_id, _ms(valid_from)))
     log.info("devices_revoked", user_id=user_id, kept=keep)
 
 

@@ -82,6 +82,11 @@ async def test_a_profile_is_changed_and_shown_as_privacy_allows(rest: Rest, stor
     assert await profile(rest, bob, ann.user_id) == public
     group_id = await rest.group(ann.access_token, bob_id)
     assert await profile(rest, bob, ann.user_id) == public | seen
+    await patch(rest, ann.access_token, privacy={"last_seen": "nobody"})
+    assert await profile(rest, bob, ann.user_id) == public
+    assert await profile(rest, ann.access_token, ann.user_id) == public | seen
+    await patch(rest, ann.access_token, privacy={"last_seen": "everyone"})
+    assert await profile(rest, bob, ann.user_id) == public | seen
     blocked = await rest.call("PUT", f"/v1/blocks/{bob_id}", ann.access_token)
     assert blocked.status_code == 204, blocked.text
     assert await profile(rest, bob, ann.user_id) == public

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import pytest
 from litestar import Request
 
@@ -108,6 +109,24 @@ async def test_gateways_hear_which_tokens_are_void(store: Store, broker: Broker)
         while (message := await heard.get_message(timeout=5)) is None or message["type"] != "message":
             continue
         assert codec.decode_signal(message["data"]) == records.Revoked("phone", T0 + 6)
+
+
+async def test_the_others_of_a_device_hear_it_whatever_their_clocks_said(store: Store, broker: Broker) -> None:
+    for device_id, at in (("phone", T0), ("laptop", T0 + 900), ("tablet", T0)):
+        await log_in(store, device_id, at)
+    await broker.client.hset(keys.connection("ann"), "television", b"{}")
+    async with broker.client.pubsub() as heard:
+        await heard.subscribe(keys.user_channel("ann"))
+        await revoke_others(store, broker, "ann", "phone", T0 + 5)
+        told: dict[str, int] = {}
+        with anyio.fail_after(5):
+            while len(told) < 3:
+                message = await heard.get_message(timeout=1)
+                if message is not None and message["type"] == "message":
+                    signal = codec.decode_signal(message["data"])
+                    assert isinstance(signal, records.Revoked)
+                    told[signal.device_id] = signal.before_ms
+        assert told == {"laptop": T0 + 901, "tablet": T0 + 6, "television": T0 + 6}
 
 
 async def test_the_query_role_refuses_a_revoked_device_and_notes_the_others(store: Store, broker: Broker) -> None:

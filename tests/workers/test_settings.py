@@ -52,6 +52,11 @@ def test_a_worker_without_rest_needs_no_secrets() -> None:
         (URLS | {"TRIREME_VERIFICATION_WEBHOOK_URL": "ftp://x"}, ["query"], "TRIREME_VERIFICATION_WEBHOOK_URL"),
         (URLS | {"TRIREME_VERIFICATION_WEBHOOK_SECRET": "short"}, ["query"], "TRIREME_VERIFICATION_WEBHOOK_SECRET"),
         (
+            URLS | {"TRIREME_VERIFICATION_WEBHOOK_SECRET": "whsec_" + "A" * 33},
+            ["query"],
+            "TRIREME_VERIFICATION_WEBHOOK_SECRET",
+        ),
+        (
             URLS | {"TRIREME_JWT_PRIVATE_KEY": f'{{"keys":[{OTHER_KEY},{dev_keys.PRIVATE_JWK}]}}'},
             ["query"],
             "TRIREME_JWT_PRIVATE_KEY",
