@@ -32,6 +32,11 @@ if TYPE_CHECKING:
 
 CONNECTING_AT_ONCE = 64
 """Connections between their handshake and the end of their backlog: a load is no reconnect storm."""
+AMBIENT_STEP_SECONDS = 0.05
+AMBIENT_SECONDS = 120.0
+"""Longest wait for the answers to new subscriptions."""
+TYPING_SECONDS = 3.0
+"""As often as a gateway passes it on."""
 READ_BUFFER_BYTES = 4096
 """picows' own default of 16 KiB would cost 160 MB at 10,000 connections."""
 
@@ -63,6 +68,15 @@ class Connect(msgspec.Struct, tag="connect", tag_field="do"):
     timeout_seconds: float = 60.0
 
 
+class Ambient(msgspec.Struct, tag="ambient", tag_field="do"):
+    """What clients do beside messages, from now on. Answers with what came of it since the last time."""
+
+    heartbeat_seconds: float = 0.0
+    """Between two heartbeats of a connection; 0: none."""
+    social: bool = False
+    """Each watches the other of its conversation, and types before it sends, once per `TYPING_SECONDS`."""
+
+
 class Check(msgspec.Struct, tag="check", tag_field="do"):
     """The final verdict over everything since the first `connect`."""
 
@@ -71,7 +85,7 @@ class Quit(msgspec.Struct, tag="quit", tag_field="do"):
     """Close all connections and end."""
 
 
-Command = Connect | Closed | Paced | Rounds | Settle | Check | Quit | EchoConnect | EchoRun
+Command = Connect | Ambient | Closed | Paced | Rounds | Settle | Check | Quit | EchoConnect | EchoRun
 
 
 class Connection(picows.WSListener):
@@ -95,6 +109,13 @@ class Connection(picows.WSListener):
         )
         self._delivery_ack = templates.delivery_ack_template(codec, now_ms)
         self._heartbeat = codec.encode(frames.Heartbeat(timestamp=now_ms))
+        self._typing = codec.encode(
+            frames.Typing(
+                payload=frames.TypingPayload(conversation_id=reader.log.conversation_id, state=frames.TypingState.START)
+            )
+        )
+        self.types_at = float("inf")
+        """When the next message is announced by typing."""
         self._ack_every = command.ack_every
         self._ack_after_seconds = command.ack_after_seconds
         self._unacked = 0
@@ -121,12 +142,23 @@ class Connection(picows.WSListener):
 
     def send_message(self, intended: float) -> None:
         """Send the next message of this member, due at `intended` (monotonic seconds)."""
+        if intended >= self.types_at:
+            self.types_at = intended + TYPING_SECONDS
+            self._load.typed += 1
+            self._send(self._typing)
         mark = self._first_mark + self.reader.sends(intended)
         self.in_flight += 1
         self.transport.send(self._kind, self._message(b"%0*d" % (MARK_DIGITS, mark)))
 
     def send_heartbeat(self) -> None:
         self._send(self._heartbeat)
+
+    def socialise(self, social: bool, types_at: float) -> None:
+        """Watch the other of the conversation and announce messages by typing, or stop both."""
+        kind = frames.PresenceSubscribe if social else frames.PresenceUnsubscribe
+        if self._member.receiver_id:
+            self._send(self._codec.encode(kind(payload=frames.PeoplePayload(user_ids=[self._member.receiver_id]))))
+        self.types_at = types_at if social else float("inf")
 
     def _acknowledge(self) -> None:
         self._unacked = 0
@@ -188,7 +220,12 @@ class Connection(picows.WSListener):
             load.one_ready()
             self.ready.set()
         elif isinstance(got, templates.HeartbeatAck):
+            load.heartbeats += 1
             load.phase.heartbeat()
+        elif isinstance(got, templates.Typing):
+            load.typing_heard += 1
+        elif isinstance(got, templates.Presence):
+            load.presence_heard += 1
         elif isinstance(got, templates.AuthError):
             load.violations.add("refused", f"member {self.reader.index} auth: {got.error}")
         elif isinstance(got, templates.Error):
@@ -216,6 +253,9 @@ class Load:
         self.closing = False
         self.receipts = True
         self.phase = Phase(self, 0)
+        self.typed = self.typing_heard = self.presence_heard = self.heartbeats = 0
+        self._ambient = Ambient()
+        self._beaten = 0.0
         self._logs: dict[str, Log] = {}
         self._waiting = 0
 
@@ -242,6 +282,35 @@ class Load:
         gc.collect()
         gc.freeze()
         return {"connected": len(command.members) - self._waiting, "seconds": time.perf_counter() - began}
+
+    async def set_ambient(self, command: Ambient) -> dict[str, Any]:
+        """From now on; typing begins spread over its period, when everybody has been told of the other."""
+        was, self._ambient = self._ambient, command
+        names = ("typed", "typing_heard", "presence_heard", "heartbeats")
+        counted = {name: getattr(self, name) for name in names}
+        self.typed = self.typing_heard = self.presence_heard = self.heartbeats = 0
+        if command.social != was.social:
+            spread = TYPING_SECONDS / max(1, len(self.connections))
+            for place, connection in enumerate(self.connections):
+                connection.socialise(command.social, time.perf_counter() + place * spread)
+        if command.social and not was.social:
+            with anyio.move_on_after(AMBIENT_SECONDS):
+                while self.presence_heard < len(self.connections):  # noqa: ASYNC110 - answers to many connections
+                    await anyio.sleep(AMBIENT_STEP_SECONDS)
+        if command.heartbeat_seconds and not was.heartbeat_seconds:
+            self._beat()
+        return counted
+
+    def _beat(self) -> None:
+        """Heartbeats of the connections whose turn it is: each once per period, evenly."""
+        period = self._ambient.heartbeat_seconds
+        if self.closing or not period:
+            return
+        count = len(self.connections)
+        first, self._beaten = self._beaten, self._beaten + count * AMBIENT_STEP_SECONDS / period
+        for place in range(int(first), int(self._beaten)):
+            self.connections[place % count].send_heartbeat()
+        self.call_later(AMBIENT_STEP_SECONDS, self._beat)
 
     async def run_phase(self, command: PhaseCommand) -> dict[str, Any]:
         """Drive one phase to its end or its deadline."""
@@ -296,6 +365,8 @@ async def main() -> None:
         match command:
             case Connect():
                 answer = await load.connect(command)
+            case Ambient():
+                answer = await load.set_ambient(command)
             case EchoConnect():
                 answer = await echo.connect(command)
             case EchoRun():

@@ -12,9 +12,9 @@ import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
-from bench import figures
+from bench import figures, social
 from bench.accounts import Community, SetupError, create_community
-from bench.driver import Check, Connect, Member
+from bench.driver import Ambient, Check, Connect, Member
 from bench.driver_process import DriverError, DriverProcess, open_driver
 from bench.phases import Closed, Paced
 from bench.services import ServicesError
@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rate", type=float, help="messages per second of the latency run (default: half of the measured)"
     )
     parser.add_argument("--latency-run", action=argparse.BooleanOptionalAction, default=True)
+    social.add_arguments(parser)
     add_load_arguments(parser)
 
 
@@ -104,6 +105,10 @@ def _direct(args: argparse.Namespace, stack: Stack, driver: DriverProcess) -> di
         problems = warm_up(driver, args.window)
     if problems:
         return {"verdict": problems}
+    driver.command(Ambient(args.heartbeat_seconds), PHASE_SECONDS)
+    if args.social:
+        found = social.compare(args, stack, driver)
+        return {"verdict": verdict(driver, {"finished": True}), **found}
     found, rate = saturate(args, stack, driver)
     if args.latency_run and found["verdict"] == "ok":
         found |= _latency(args, stack, driver, args.rate or rate / 2)

@@ -118,6 +118,14 @@ class ConversationUpdate(_Lean, tag="conversation_update", gc=False):
     pass
 
 
+class Typing(_Lean, tag="typing", gc=False):
+    pass
+
+
+class Presence(_Lean, tag="presence", gc=False):
+    pass
+
+
 class ErrorPayload(msgspec.Struct, gc=False):
     code: str
     message: str
@@ -129,7 +137,17 @@ class Error(_Lean, tag="error", gc=False):
 
 
 LeanFrame = (
-    Ack | Messages | Receipt | HeartbeatAck | SyncComplete | AuthSuccess | AuthError | ConversationUpdate | Error
+    Ack
+    | Messages
+    | Receipt
+    | HeartbeatAck
+    | SyncComplete
+    | AuthSuccess
+    | AuthError
+    | ConversationUpdate
+    | Typing
+    | Presence
+    | Error
 )
 
 

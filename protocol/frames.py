@@ -502,7 +502,7 @@ REFUSALS: Final[dict[type[Frame], frozenset[ErrorCode]]] = {
     MessageDelete: _LOGGED | {ErrorCode.NOT_FOUND, ErrorCode.FORBIDDEN},
     MessageReaction: _SPOKEN | {ErrorCode.NOT_FOUND},
     Typing: _ANY,
-    PresenceSubscribe: _ANY | {ErrorCode.RATE_LIMITED},
+    PresenceSubscribe: _ANY | {ErrorCode.RATE_LIMITED, ErrorCode.OVERLOADED},
     PresenceUnsubscribe: _ANY,
     Goodbye: _ANY,
 }

@@ -10,10 +10,11 @@ from bench import templates
 from bench.driver import Check
 from bench.driver_process import open_driver, open_peer
 from bench.echo import EchoConnect, EchoRun
+from bench.social import more_percent
 from bench.tally import COUNTS, NO_MARK, Log, Reader, Violations, check_all
 from protocol import frames
 from protocol.codec import JSON, MSGPACK, FrameCodec
-from protocol.models import MessageStatus, MessageType, StoredMessage
+from protocol.models import MessageStatus, MessageType, StoredMessage, UserStatus
 
 BOTH_CODECS = pytest.mark.parametrize("codec", [JSON, MSGPACK], ids=["json", "msgpack"])
 NOW = datetime(2026, 11, 22, tzinfo=UTC)
@@ -70,6 +71,10 @@ def test_every_server_frame_the_driver_meets_is_decoded(codec: FrameCodec) -> No
     got_receipt = decode(codec.encode(frames.ReceiptUpdate(payload=receipt)))
     assert isinstance(got_receipt, templates.Receipt)
     assert (got_receipt.payload.delivered_through, got_receipt.payload.read_through) == (7, 0)
+    typing = frames.TypingNoticePayload(conversation_id="c", user_id="u", state=frames.TypingState.START)
+    assert isinstance(decode(codec.encode(frames.TypingNotice(payload=typing))), templates.Typing)
+    presence = frames.PresencePayload(user_id="u", status=UserStatus.ONLINE)
+    assert isinstance(decode(codec.encode(frames.PresenceNotice(payload=presence))), templates.Presence)
 
 
 # --- tally -----------------------------------------------------------------------------------------------------------
@@ -190,6 +195,16 @@ def test_only_the_first_violations_are_spelled_out() -> None:
         violations.add("lost", str(number))
     assert violations.count == 60
     assert violations.listed()[-1] == "and 10 more"
+
+
+# --- presence and typing beside the load -----------------------------------------------------------------------------
+
+
+def test_what_is_more_is_told_of_the_medians() -> None:
+    plain = [{"total": 100.0, "rest": 0.0}, {"total": 900.0, "rest": 0.0}, {"total": 200.0, "rest": 0.0}]
+    social = [{"total": 210.0, "rest": 1.0}, {"total": 50.0, "rest": 1.0}, {"total": 800.0, "rest": 1.0}]
+    assert more_percent(plain, social, "total") == 5.0
+    assert more_percent(plain, social, "rest") == 0.0
 
 
 # --- the process -----------------------------------------------------------------------------------------------------

@@ -50,13 +50,17 @@ async def test_one_may_watch_whom_one_shares_a_conversation_with(store: Store, b
     await people(store, "old", last_seen=NOW)
     group = await Log(store, "c1", ["ann", "bob", "old", "eve"]).create()
     await Log(store, "c2", ["dan", "cat"]).create()
+    direct = keys.direct_conversation_id("ann", "fay")
+    await people(store, "fay")
+    await Log(store, direct, ["ann", "fay"]).create(ConversationType.ONE_TO_ONE)
     await group.append("ann", "bob")
     await group.leave("eve", 2)
     await come(broker, "bob", "d1", "gw")
-    answer = await presence.look(store, broker, ask("bob", "cat", "dan", "eve", "old", "nobody", "ann", "bob"))
+    answer = await presence.look(store, broker, ask("bob", "cat", "dan", "eve", "fay", "old", "nobody", "ann", "bob"))
     assert answer.connection == 7
     assert sorted(answer.people, key=lambda watched: watched.user_id) == [
         records.Watched("bob", ONLINE, 1),
+        records.Watched("fay", OFFLINE, 0),
         records.Watched("old", OFFLINE, NOW_MS),
     ]
     assert sorted(answer.refused) == ["ann", "cat", "dan", "eve", "nobody"]

@@ -63,6 +63,15 @@ class BlockStore:
         with store_errors():
             return await self._blocks.find_one({"_id": {"$in": names}}, {"_id": 1}) is not None
 
+    async def apart(self, user_id: str, others: Iterable[str]) -> set[str]:
+        """Those of the others who block this user or are blocked."""
+        names = {name: other for other in others for name in (_name(user_id, other), _name(other, user_id))}
+        with store_errors():
+            return {
+                names[document["_id"]]
+                async for document in self._blocks.find({"_id": {"$in": list(names)}}, {"_id": 1})
+            }
+
     async def who_blocks(self, user_id: str, others: Iterable[str]) -> set[str]:
         """Those of the others who block this user."""
         names = [_name(other, user_id) for other in others]

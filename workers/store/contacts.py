@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pymongo import UpdateOne, WriteConcern
 
+from protocol import keys
 from protocol.models import LastSeen
 from workers.store.blocks import BlockStore
 from workers.store.errors import store_errors
@@ -45,7 +46,7 @@ class ContactStore:
         contacts = await self._contacts(user_id, wanted)
         if not contacts:
             return {}
-        hidden = await self._blocks.who_blocks(user_id, contacts) | await self._blocks.whom_blocks(user_id, contacts)
+        hidden = await self._blocks.apart(user_id, contacts)
         shown = {
             "_id": {"$in": [name for name in contacts if name not in hidden]},
             "privacy.last_seen": {"$ne": LastSeen.NOBODY.value},
@@ -55,13 +56,18 @@ class ContactStore:
             found = await self._users.find(shown, {"last_seen": 1}).to_list()
         return {document["_id"]: _ms(document.get("last_seen")) for document in found}
 
-    async def _contacts(self, user_id: str, user_ids: list[str]) -> list[str]:
-        """Those of these people who are in a conversation with this user now."""
+    async def _contacts(self, user_id: str, user_ids: list[str]) -> set[str]:
+        """Those of these people who are in a conversation with this user now: 1:1 first, whose ids are known."""
+        direct = {f"{keys.direct_conversation_id(user_id, other)}:{other}": other for other in user_ids}
         with store_errors():
-            mine = self._memberships.find({"user_id": user_id, **_LIVE}, {"_id": 0, "conversation_id": 1})
-            names = [document["conversation_id"] async for document in mine]
-            theirs = {"user_id": {"$in": user_ids}, "conversation_id": {"$in": names}, **_LIVE}
-            found: list[str] = await self._memberships.distinct("user_id", theirs)
+            pairs = self._memberships.find({"_id": {"$in": list(direct)}, **_LIVE}, {"_id": 1})
+            found = {direct[document["_id"]] async for document in pairs}
+            rest = [other for other in user_ids if other not in found]
+            if rest:
+                mine = self._memberships.find({"user_id": user_id, **_LIVE}, {"_id": 0, "conversation_id": 1})
+                names = [document["conversation_id"] async for document in mine]
+                theirs = {"user_id": {"$in": rest}, "conversation_id": {"$in": names}, **_LIVE}
+                found.update(await self._memberships.distinct("user_id", theirs))
         return found
 
     async def note_seen(self, people: Mapping[str, Presence]) -> None:
