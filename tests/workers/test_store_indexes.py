@@ -71,6 +71,18 @@ async def test_plain_messages_are_in_no_index_of_changes_or_disappearing(store: 
 
 
 @pytest.mark.parametrize(
+    ("wanted", "index"),
+    [
+        ({"target_message_id": "m", "content_hash": {"$exists": True}, "content": {"$ne": ""}}, "target_message"),
+        ({"erase_at": {"$lte": START}}, "disappearing"),
+    ],
+)
+async def test_what_is_erased_is_found_by_its_index(store: Store, wanted: dict[str, Any], index: str) -> None:
+    plan = await store.db["messages"].find(wanted).explain()
+    assert f"'indexName': '{index}'" in str(plan["queryPlanner"]["winningPlan"])
+
+
+@pytest.mark.parametrize(
     ("collection", "field", "seconds"),
     [
         ("messages", "created_at", 90 * 86_400),
