@@ -81,7 +81,13 @@ async def test_the_others_are_not_told_what_somebody_has_hidden(house: House) ->
             assert (entry.content, entry.forwarded) == ("a forwarded one", True)
             assert (await stored(tablet, second)).reply_to_message_id == first
 
-            path = f"/v1/conversations/{group}/messages/{first}"
+            path = f"/v1/conversations/{group}/messages"
+            body = {"content": "over HTTP", "type": "text", "timestamp": 1}
+            sent: Any = await people.api.call("POST", path, people.tokens[ann], body)
+            for talk in (anns, bobs, tablet):
+                assert (await stored(talk, sent["message_id"])).content == "over HTTP", "also the sender's own devices"
+
+            path = f"{path}/{first}"
             answer: Any = await people.api.call("DELETE", f"{path}?scope=me", people.tokens[bob])
             seen = [await stored(talk, answer["message_id"]) for talk in (anns, tablet)]
             assert [entry.target_message_id == first for entry in seen] == [False, True]
