@@ -5,15 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import msgspec
 import pytest
 from structlog.testing import capture_logs
 
+from tests.workers.conftest import serving
 from tests.workers.residents import code_for, log_in
 from tests.workers.seeding import Rest, refusal
+from workers.rest.desk import now_ms
+from workers.tokens import Tokens, new_key
 
 if TYPE_CHECKING:
     import httpx2
 
+    from workers.broker import Broker
+    from workers.settings import Settings
     from workers.store import Store
 
 pytestmark = pytest.mark.anyio
@@ -147,3 +153,18 @@ async def test_the_public_keys_are_open_and_may_be_kept(rest: Rest) -> None:
     assert found.headers.get_list("cache-control") == ["public, max-age=300"]
     (key,) = found.json()["keys"]
     assert (key["kid"], key["kty"], key["crv"], key["use"], "d" in key) == ("dev", "OKP", "Ed25519", "sig", False)
+
+
+async def test_a_changed_key_is_the_old_ones_neighbour_first_and_its_heir_later(
+    settings: Settings, store: Store, broker: Broker
+) -> None:
+    old, (new, _) = settings.jwt_private_key, new_key()
+    token, _ = Tokens(old).sign("usr_ann", "phone", now_ms(), 60, "tok_1")
+    for keys, status, shown in ((f"[{new},{old}]", 200, 2), (f"[{new}]", 401, 1)):
+        changed = msgspec.structs.replace(settings, jwt_private_key=f'{{"keys":{keys}}}')
+        async with serving(changed, store, broker, owner=False) as rest:
+            assert (await rest.call("GET", "/v1/devices", token)).status_code == status
+            assert len((await rest.client.get("/.well-known/jwks.json")).json()["keys"]) == shown
+            _, fresh = await rest.user("Bob")
+            assert Tokens(new).verify(fresh, now_ms()) is not None
+            assert (await rest.call("GET", "/v1/devices", fresh)).status_code == 200
