@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import pytest
@@ -102,6 +104,21 @@ def test_bodies_and_parameters_have_the_bounds_that_are_checked() -> None:
     header = {found["name"]: found for found in operation("POST", "/v1/conversations")["parameters"]}["Idempotency-Key"]
     assert (header["in"], header["required"]) == ("header", False)
     assert header["schema"]["pattern"].startswith("^")
+
+
+PATTERN = re.compile(r'pattern=r"([^"]*)"')
+
+
+@pytest.mark.parametrize("package", ["protocol", "workers/rest"])
+def test_patterns_mean_the_same_here_and_in_the_document(package: str) -> None:
+    """`$` lets a newline pass here and not there; `\\s`, `\\d` and `\\w` know other characters."""
+    root = Path(app.__file__).parents[2]
+    found = [pattern for path in (root / package).rglob("*.py") for pattern in PATTERN.findall(path.read_text())]
+    assert found
+    for pattern in found:
+        assert pattern.startswith(r"\A"), pattern
+        assert pattern.endswith(r"\Z"), pattern
+        assert re.search(r"\\[sdwSDW]", pattern) is None, pattern
 
 
 def test_a_query_parameter_that_opt_forgets_is_found() -> None:

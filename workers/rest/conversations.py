@@ -60,7 +60,7 @@ class ConversationChange(msgspec.Struct, frozen=True):
     guards=[actor_guard, shape_guard],
     opt={
         "errors": (ErrorCode.BLOCKED, ErrorCode.CONFLICT, ErrorCode.GROUP_FULL, ErrorCode.OVERLOADED),
-        "answers": {200: Conversation},
+        "answers": {200: Overview},
     },
     summary="Create a conversation",
 )

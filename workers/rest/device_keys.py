@@ -53,8 +53,8 @@ ANNOUNCED_LIMIT: Final = 10_000
 _HOUR: Final = 3600
 _PAGE: Final = 100
 
-PathDevice = Annotated[str, PathParameter(pattern=r"^[A-Za-z0-9._:-]{1,64}$")]
-DeviceCursor = Annotated[str | None, QueryParameter(pattern=r"^[A-Za-z0-9._:-]{1,64}$", required=False)]
+PathDevice = Annotated[str, PathParameter(pattern=r"\A[A-Za-z0-9._:-]{1,64}\Z")]
+DeviceCursor = Annotated[str | None, QueryParameter(pattern=r"\A[A-Za-z0-9._:-]{1,64}\Z", required=False)]
 
 log = structlog.get_logger(__name__)
 
@@ -124,7 +124,9 @@ class NamedDevice(msgspec.Struct, frozen=True):
 
 
 class Claim(msgspec.Struct, frozen=True):
-    devices: Annotated[list[NamedDevice], Meta(min_length=1, max_length=100)]
+    """No device is named twice."""
+
+    devices: Annotated[list[NamedDevice], Meta(min_length=1, max_length=100, extra_json_schema={"uniqueItems": True})]
 
 
 class ClaimedKey(msgspec.Struct, frozen=True):

@@ -18,7 +18,7 @@ from workers.rest.device_keys import DeviceCursor, retire
 from workers.rest.errors import RestError
 from workers.rest.shapes import CallerRequest, Limit, Listing
 
-PathDevice = Annotated[str, PathParameter(pattern=r"^[A-Za-z0-9._:-]{1,64}$")]
+PathDevice = Annotated[str, PathParameter(pattern=r"\A[A-Za-z0-9._:-]{1,64}\Z")]
 
 
 class Keep(StrEnum):

@@ -40,7 +40,7 @@ _PREFIX: Final = "rt_"
 log = structlog.get_logger(__name__)
 
 RefreshToken = Annotated[str, Meta(min_length=1, max_length=256)]
-Code = Annotated[str, Meta(pattern=r"^[0-9]{6}$")]
+Code = Annotated[str, Meta(pattern=r"\A[0-9]{6}\Z")]
 
 
 class NewVerification(msgspec.Struct, frozen=True):

@@ -19,8 +19,10 @@ from workers.rest.errors import RestError
 from workers.rest.shapes import moment_at
 from workers.store.users import Taken
 
-Phone = Annotated[str, Meta(min_length=3, max_length=32, pattern=r"^\+?[0-9][0-9 ()./-]*$")]
-Email = Annotated[str, Meta(min_length=3, max_length=254, pattern=r"^[^@\s]+@[^@\s]+$")]
+Phone = Annotated[str, Meta(min_length=3, max_length=32, pattern=r"\A\+?[0-9][0-9 ()./-]*\Z")]
+Email = Annotated[
+    str, Meta(min_length=3, max_length=254, pattern=r"\A[^@\x00-\x20\x7f-\xa0]+@[^@\x00-\x20\x7f-\xa0]+\Z")
+]
 Name = Annotated[str, Meta(min_length=1, max_length=128)]
 AvatarUrl = Annotated[str, Meta(min_length=1, max_length=2048)]
 
