@@ -14,7 +14,6 @@ import msgspec
 import structlog
 from litestar import Request, Response
 from litestar.exceptions import HTTPException, ValidationException
-from litestar.openapi import ResponseSpec
 
 from protocol.errors import ErrorCode
 from workers.broker import BrokerUnavailable
@@ -47,22 +46,6 @@ class ErrorBody(msgspec.Struct, frozen=True):
     """Body of every answer that is not a success."""
 
     error: ErrorDetail
-
-
-FAILURES: Final = {
-    status: ResponseSpec(ErrorBody, generate_examples=False, description=description)
-    for status, description in (
-        (400, "The request is not valid"),
-        (401, "The bearer token is missing or not good"),
-        (403, "Not for this caller"),
-        (404, "Not there, or not for this caller"),
-        (409, "Refused by the state of things"),
-        (413, "The body is over 1 MiB"),
-        (415, "The body is not plain JSON"),
-        (503, "Try again"),
-    )
-}
-"""Superseded by `opt={"errors": …}`."""
 
 
 class RestError(Exception):
