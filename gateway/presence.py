@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 DEBOUNCE_SECONDS: Final = 3.0
 ASK_AGAIN_SECONDS: Final = 5.0
-"""A question without an answer is asked again, above a worker's 4 s."""
+"""A question without an answer is asked again, above a worker's 4 s; each further time after twice as long, so that
+workers who are behind are not asked the more for it."""
+ASK_AGAIN_AT_MOST_SECONDS: Final = 80.0
 RIGHTS_SECONDS: Final = 300
 """Every watcher's rights are looked at again so often."""
 ASKS_PER_SECOND: Final = 200
@@ -48,7 +50,7 @@ class Channels(Protocol):
 
 
 class _Watcher:
-    __slots__ = ("asked_at", "connection", "outstanding", "people")
+    __slots__ = ("again_at", "asked_at", "connection", "outstanding", "patience", "people")
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
@@ -58,6 +60,9 @@ class _Watcher:
         """Asked for and not answered."""
         self.asked_at = 0.0
         """When the oldest question without an answer was asked."""
+        self.again_at = 0.0
+        """When to ask again; an entry of the heap with another time is void."""
+        self.patience = ASK_AGAIN_SECONDS
 
 
 class _Person:
@@ -87,8 +92,8 @@ class Presence:
         self._per_connection = people_per_connection
         self._watchers: dict[int, _Watcher] = {}
         self._due: list[tuple[float, str]] = []
-        self._ask_again: dict[int, float] = {}
-        """Connection → when to repeat its question; in this order."""
+        self._ask_again: list[tuple[float, int]] = []
+        """(when, connection): questions to repeat."""
         self._round: list[int] = []
         self._step = 1
         self._seconds_left = RIGHTS_SECONDS
@@ -155,8 +160,6 @@ class Presence:
 
     def _forget_idle(self, watcher: _Watcher) -> None:
         number = watcher.connection.session.connection
-        if not watcher.outstanding:
-            self._ask_again.pop(number, None)
         if not watcher.people:
             self._watchers.pop(number, None)
 
@@ -168,9 +171,10 @@ class Presence:
         session = watcher.connection.session
         if not watcher.outstanding:
             watcher.asked_at = now
+            watcher.patience = ASK_AGAIN_SECONDS
         watcher.outstanding.update(user_ids)
-        self._ask_again.pop(session.connection, None)
-        self._ask_again[session.connection] = now + ASK_AGAIN_SECONDS
+        watcher.again_at = now + watcher.patience
+        heappush(self._ask_again, (watcher.again_at, session.connection))
         self._channels.ask(records.PresenceQuery(self._instance_id, session.connection, session.user_id, user_ids))
 
     def answered(self, answer: records.PresenceAnswer, now: float) -> None:
@@ -277,9 +281,12 @@ class Presence:
                 self._await_calm(user_id, person)
             else:
                 self._tell(user_id, person)
-        while self._ask_again and next(iter(self._ask_again.values())) <= now:
-            watcher = self._watchers[next(iter(self._ask_again))]
-            self._ask(watcher, list(watcher.outstanding), now)
+        while self._ask_again and self._ask_again[0][0] <= now:
+            again_at, number = heappop(self._ask_again)
+            watcher = self._watchers.get(number)
+            if watcher is not None and watcher.again_at == again_at:
+                watcher.patience = min(watcher.patience * 2, ASK_AGAIN_AT_MOST_SECONDS)
+                self._ask(watcher, list(watcher.outstanding), now)
         self._look_at_rights(now)
 
     def _look_at_rights(self, now: float) -> None:

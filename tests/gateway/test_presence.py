@@ -124,6 +124,17 @@ def test_a_question_without_an_answer_is_asked_again(house: House) -> None:
     assert query.user_id == "usr_a"
 
 
+def test_workers_who_are_behind_are_asked_less_and_less() -> None:
+    house = House(Limits(dead_seconds=1e6, heartbeat_seconds=1e6))
+    connection, _ = house.open()
+    subscribe(house, connection, "usr_b")
+    asked = []
+    for second in range(1, 200):
+        house.pass_time(1)
+        asked += [second] * len(presence_queries(house))
+    assert asked == [5, 15, 35, 75, 155]
+
+
 def presence_queries(house: House) -> list[records.PresenceQuery]:
     return [query for query in house.broker.take("ask") if isinstance(query, records.PresenceQuery)]
 

@@ -24,7 +24,7 @@ async def test_a_block_has_a_direction_and_repeating_it_changes_nothing(store: S
     assert not await store.blocks.between("bob", "cat")
     assert await store.blocks.who_blocks("bob", ["ann", "cat"]) == {"ann"}
     assert await store.blocks.who_blocks("ann", ["bob", "cat"]) == {"cat"}
-    assert await store.blocks.whom_blocks("ann", ["bob", "cat"]) == {"bob"}
+    assert await store.blocks.apart("ann", ["bob", "cat", "dan"]) == {"bob", "cat"}
     (block,), more = await store.blocks.listed("ann", "", 10)
     assert (block.user_id, block.created_at, more) == ("bob", START, None)
 

@@ -80,15 +80,6 @@ class BlockStore:
                 document["user_id"] async for document in self._blocks.find({"_id": {"$in": names}}, {"user_id": 1})
             }
 
-    async def whom_blocks(self, user_id: str, others: Iterable[str]) -> set[str]:
-        """Those of the others whom this user blocks."""
-        names = [_name(user_id, other) for other in others]
-        with store_errors():
-            return {
-                document["blocked_id"]
-                async for document in self._blocks.find({"_id": {"$in": names}}, {"blocked_id": 1})
-            }
-
 
 def _name(user_id: str, blocked_id: str) -> str:
     return f"{user_id}:{blocked_id}"
