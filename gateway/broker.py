@@ -161,6 +161,8 @@ class RedisBroker:
         self._receiver: Receiver
         self._receipts_due = trio.Event()
         self._renew_due = trio.Event()
+        self._renewing = trio.Lock()
+        self._has_left = False
         self._position: bytes = b"0"
         self._info: dict[str, str] = {}
         self._run_id = ""
@@ -351,7 +353,8 @@ class RedisBroker:
             await self.commands.wait_connected()
             self._renew_due = trio.Event()
             try:
-                known = await self._renew(known)
+                async with self._renewing:
+                    known = known if self._has_left else await self._renew(known)
             except WireError as error:
                 self._leased = False
                 _log.warning("lease_not_renewed", reason=str(error))
@@ -486,9 +489,11 @@ class RedisBroker:
                 turn_ends = trio.current_time() + _TURN_SECONDS
 
     async def leave(self) -> None:
-        """The end of a drain: nobody writes to this instance any more. Raises WireError."""
-        await self.commands.call("SREM", keys.INSTANCES, self._instance_id)
-        await self.commands.call("DEL", keys.instance(self._instance_id), self._down_key)
+        """The end of a drain: nobody writes to this instance any more, no renewal brings it back. Raises WireError."""
+        async with self._renewing:
+            self._has_left = True
+            await self.commands.call("SREM", keys.INSTANCES, self._instance_id)
+            await self.commands.call("DEL", keys.instance(self._instance_id), self._down_key)
 
     def announce_draining(self) -> None:
         """Say in the lease that this instance is about to leave."""

@@ -39,8 +39,10 @@ _log = structlog.get_logger(__name__)
 
 _RETRY_MS: Final = 1000
 """What a client is told to wait when Redis did not take its message: a reconnect is tried within 2 s."""
-_RETIRE_SECONDS: Final = 0.5
-"""How long the old connection of a migrated client stays: its acks arrive, and the new one gets its `auth_success`."""
+_RETIRE_SECONDS: Final = 2.0
+"""How long the old connection of a client stays that has shown its ticket elsewhere: its acks arrive, and where the
+workers are busy the new one waits for its `auth_success` (0.5 s were too short for most at load average 8 on 2 cores).
+"""
 
 
 class Counts(msgspec.Struct):

@@ -481,6 +481,18 @@ async def test_leaving_removes_lease_and_stream(broker: RedisBroker, redis: Wire
     assert await redis.call("SCARD", keys.INSTANCES) == 0
 
 
+@pytest.mark.trio
+async def test_a_lease_that_is_due_while_the_instance_leaves_does_not_bring_it_back(
+    broker: RedisBroker, redis: Wire
+) -> None:
+    broker.announce_draining()
+    await broker.leave()
+    broker.announce_draining()
+    await trio.sleep(0.1)
+    assert await redis.call("EXISTS", keys.instance("gw_1"), keys.down("gw_1")) == 0
+    assert await redis.call("SISMEMBER", keys.INSTANCES, "gw_1") == 0
+
+
 # --- migration -------------------------------------------------------------------------------------------------------
 
 

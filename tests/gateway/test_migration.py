@@ -199,11 +199,11 @@ def test_a_client_that_has_migrated_is_closed_with_restart_after_its_acks_had_a_
     assert told(transport) == [{"new_endpoint": "ws://b", "session_token": TOKEN}]
     number = connection.session.connection
     house.hub.route([records.Replaced(number)])
-    house.hub.retire(house.now + 0.4)
+    house.hub.retire(house.now + 1.9)
     house.hub.route([records.Outcome(number, "k1", b'{"type":"message_ack"}')])
     assert [frame["type"] for frame in transport.take()] == ["message_ack"]
     assert house.hub.migrating == 1
-    house.hub.retire(house.now + 0.5)
+    house.hub.retire(house.now + 2.0)
     assert transport.closed is CloseCode.RESTART
     assert transport.take() == []
     assert house.hub.migrating == 0
