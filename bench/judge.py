@@ -27,8 +27,8 @@ from protocol.watermarks import DIGEST_BYTES, content_hash
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-PAGE_SECONDS: Final = 10.0
-"""A page shows at least what was committed so long before it came; one asked for after a change shows the change."""
+PAGE_SECONDS: Final = 60.0
+"""A page shows at least what was told so long before it came, however busy the machine is."""
 _MANAGED: Final = frozenset(
     (
         EventKind.ADDED,

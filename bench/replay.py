@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -191,7 +192,9 @@ class Replay:
         violations = [*self._failures, *(text for room in self.rooms for text in room.violations)]
         violations += [str(violation) for violation in self._ledger.verdict()]
         if len(violations) > SHOWN_VIOLATIONS:
-            violations = [*violations[:SHOWN_VIOLATIONS], f"and {len(violations) - SHOWN_VIOLATIONS} more"]
+            kinds = Counter(text.partition(":")[0] for text in violations)
+            told = ", ".join(f"{times} {kind}" for kind, times in kinds.most_common())
+            violations = [*violations[:SHOWN_VIOLATIONS], f"all together: {told}"]
         rooms = {room.transcript.name: msgspec.structs.asdict(room.counts) for room in self.rooms}
         pastimes = {
             room.transcript.name: msgspec.structs.asdict(room.pastimes.counts)

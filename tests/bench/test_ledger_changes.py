@@ -252,7 +252,7 @@ MUTATIONS: dict[str, tuple[Callable[[Events], Events], set[str]]] = {
     "a page shows one what he has hidden": (lambda e: [*e, *later(FRIEND, HELLO)], {"leak"}),
     "a page does not show one what another has hidden": (lambda e: [*e, *later(OWNER, erased(HELLO))], {"altered"}),
     "a page late on the same connection shows what was deleted": (
-        lambda e: [*e, msgspec.structs.replace(pushed(FRIEND, SECRET, origin="retransmit"), at=25.0)], {"leak"},
+        lambda e: [*e, msgspec.structs.replace(pushed(FRIEND, SECRET, origin="retransmit"), at=75.0)], {"leak"},
     ),
     "a page does not show the edit": (
         lambda e: [*e, *later(OWNER, msgspec.structs.replace(WHAT, reactions=WHAT_NOW.reactions))], {"altered"},
