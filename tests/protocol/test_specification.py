@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import jsonschema_rs
@@ -96,6 +97,25 @@ def test_only_what_looks_something_up_or_writes_can_meet_a_service_that_is_away(
         frames.History,
     }
     assert away < TRANSITIONS[State.LIVE].keys()
+
+
+REFUSING = {
+    "workers/changes.py": (frames.MessageEdit, frames.MessageDelete, frames.MessageReaction),
+    "workers/plan.py": (frames.Message,),
+    "workers/query.py": (frames.Retransmit, frames.History),
+    "gateway/broker.py": (frames.Message,),
+    "protocol/limits.py": (frames.Message, frames.MessageEdit),
+}
+"""Where else clients' frames are refused, and whose."""
+CODE = re.compile(r"\bErrorCode\.([A-Z_]+)")
+
+
+@pytest.mark.parametrize("path", REFUSING)
+def test_what_is_refused_elsewhere_is_in_the_table(path: str) -> None:
+    named = {ErrorCode[name] for name in CODE.findall((Path(specification.__file__).parents[1] / path).read_text())}
+    assert named
+    for code in named:
+        assert any(code in frames.REFUSALS[kind] for kind in REFUSING[path]), code
 
 
 GOOD: list[tuple[str, dict[str, Any]]] = [

@@ -14,7 +14,15 @@ from msgspec import Meta
 
 from protocol import limits, records
 from protocol.errors import ErrorCode
-from protocol.frames import DeleteScope, MessageAckPayload
+from protocol.frames import (
+    REFUSALS,
+    DeleteScope,
+    Message,
+    MessageAckPayload,
+    MessageDelete,
+    MessageEdit,
+    MessageReaction,
+)
 from protocol.models import EpochMs, Id, MessagePayload, MessageType, StoredMessage
 from workers.rest import commands
 from workers.rest.access import shape_guard, user_guard
@@ -34,16 +42,6 @@ from workers.store.search import NotAuthor, Receipt
 
 PathEmoji = Annotated[str, PathParameter(pattern=r"\A[^\x00-\x1f\x7f/]{1,64}\Z")]
 
-_SEND_ERRORS = (
-    ErrorCode.CONVERSATION_NOT_FOUND,
-    ErrorCode.FORBIDDEN,
-    ErrorCode.MUTED,
-    ErrorCode.BLOCKED,
-    ErrorCode.IDEMPOTENCY_CONFLICT,
-    ErrorCode.RATE_LIMITED,
-    ErrorCode.OVERLOADED,
-)
-_CHANGE_ERRORS = (*_SEND_ERRORS, ErrorCode.NOT_FOUND, ErrorCode.TOO_LATE)
 _LIMITS = limits.Limits()
 
 
@@ -90,7 +88,7 @@ async def list_messages(
 @post(
     "/v1/conversations/{conversation_id:str}/messages",
     guards=[user_guard, shape_guard],
-    opt={"errors": _SEND_ERRORS},
+    opt={"errors": REFUSALS[Message]},
     summary="Send a message",
 )
 async def send_message(
@@ -161,7 +159,7 @@ async def list_receipts(
 @patch(
     "/v1/conversations/{conversation_id:str}/messages/{message_id:str}",
     guards=[user_guard, shape_guard],
-    opt={"errors": _CHANGE_ERRORS},
+    opt={"errors": REFUSALS[MessageEdit]},
     summary="Edit a message",
 )
 async def edit_message(
@@ -185,7 +183,7 @@ async def edit_message(
     "/v1/conversations/{conversation_id:str}/messages/{message_id:str}",
     guards=[user_guard, shape_guard],
     status_code=200,
-    opt={"query": ("scope",), "errors": _CHANGE_ERRORS},
+    opt={"query": ("scope",), "errors": REFUSALS[MessageDelete]},
     summary="Delete a message for oneself or for all",
 )
 async def delete_message(
@@ -205,7 +203,7 @@ async def delete_message(
     "/v1/conversations/{conversation_id:str}/messages/{message_id:str}/reactions/{emoji:str}",
     guards=[user_guard, shape_guard],
     status_code=200,
-    opt={"errors": _CHANGE_ERRORS},
+    opt={"errors": REFUSALS[MessageReaction]},
     summary="React to a message",
 )
 async def add_reaction(
@@ -225,7 +223,7 @@ async def add_reaction(
     "/v1/conversations/{conversation_id:str}/messages/{message_id:str}/reactions/{emoji:str}",
     guards=[user_guard, shape_guard],
     status_code=200,
-    opt={"errors": _CHANGE_ERRORS},
+    opt={"errors": REFUSALS[MessageReaction]},
     summary="Take a reaction back",
 )
 async def remove_reaction(
