@@ -334,7 +334,8 @@ async def test_a_change_of_a_message_is_no_activity_to_order_conversations_by(ya
         await yard.changed(conv, "bob", "h1", target, records.Delete(for_all=False))
 
     async def flushed(sequence: int) -> bool:
-        return (await conversation(yard, conv))["last_sequence_number"] == sequence
+        last: int = (await conversation(yard, conv))["last_sequence_number"]
+        return last == sequence
 
     await eventually(lambda: flushed(2))
     first = (await conversation(yard, conv))["last_message_at"]
