@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from gateway.connection import Connection
 
 DEBOUNCE_SECONDS: Final = 3.0
-ASK_AGAIN_SECONDS: Final = 5.0
-"""A question without an answer is asked again, above a worker's 4 s; each further time after twice as long, so that
-workers who are behind are not asked the more for it."""
-ASK_AGAIN_AT_MOST_SECONDS: Final = 80.0
+ASK_AGAIN_SECONDS: Final = 15.0
+"""A question without an answer is asked again, each further time after twice as long, so that workers who are behind
+are not asked the more for it: with 5 s a thousand subscriptions at once on a busy machine were asked twice."""
+ASK_AGAIN_AT_MOST_SECONDS: Final = 120.0
 RIGHTS_SECONDS: Final = 300
 """Every watcher's rights are looked at again so often."""
 ASKS_PER_SECOND: Final = 200
