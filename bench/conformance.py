@@ -38,6 +38,7 @@ JUDGED: Final = {
     "add_participants": "users that exist",
     "begin_verification": "either a phone or an email",
     "block": "somebody else",
+    "claim_keys": "no device twice, whatever else is said of it",
     "create_conversation": "users that exist, two of them in a 1:1 conversation",
     "edit_message": "a message that has content",
     "put_identity": "a good signature",
