@@ -201,7 +201,9 @@ class Ledger:
         conversation = self._conversation(event.conversation_id)
         for message in event.messages:
             known = conversation.entries.get(message.sequence_number)
-            if known is None:
+            if known is None and message.sequence_number in conversation.acked:  # sent when nobody else was there
+                self._on_new_entry(event.conversation_id, conversation, message, event.at)
+            elif known is None:
                 detail = f"sequence {message.sequence_number} is in a page of the API and in nobody's log"
                 self._violation("foreign", event.conversation_id, event.user_id, detail)
             else:

@@ -174,6 +174,28 @@ def test_a_silenced_member_is_refused() -> None:
     assert judge([*true_run(), *refused(GUEST, ErrorCode.MUTED)]) == []
 
 
+def looked(user_id: str, *messages: StoredMessage) -> journal.Event:
+    """A page of the HTTP API, asked for when all the rest was known."""
+    return journal.Looked(
+        at=12.0, user_id=user_id, device_id="api", connection=0, conversation_id=CONVERSATION, asked_at=11.0,
+        messages=list(messages),
+    )  # fmt: skip
+
+
+def test_a_page_of_the_api_is_judged_as_any_other() -> None:
+    assert judge([*true_run(), looked(OWNER, HELLO, WHAT_NOW, erased(SECRET))]) == []
+    assert judge([*true_run(), looked(OWNER, SECRET)]) == ["leak"]
+    assert judge([*true_run(), looked(OWNER, stored(3, FRIEND, "forged"))]) == ["altered"]
+    assert judge([*true_run(), looked(OWNER, stored(20, FRIEND, "never said"))]) == ["foreign"]
+
+
+def test_what_was_said_to_an_empty_group_is_known_from_its_ack() -> None:
+    alone = [system(1, "created", OWNER), stored(2, OWNER, "hello?")]
+    events = [pushed(OWNER, alone[0]), sent(alone[1]), acked(alone[1])]
+    assert judge([*events, looked(OWNER, *alone)]) == []
+    assert judge([*events, looked(OWNER, alone[0], stored(2, OWNER, "forged"))]) == ["altered"]
+
+
 def needless(message: StoredMessage, target: StoredMessage) -> Events:
     """The same change once more, acked as its target: there was nothing to do."""
     user_id = AUTHORS[message.sequence_number]
