@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 OPEN_SECONDS: Final = 15.0
 WRITE_SECONDS: Final = 5.0
-LEAVE_SECONDS: Final = 2.0
-"""How long the server may take to close the line a phone has migrated from."""
+LEAVE_SECONDS: Final = 0.5
+"""How long a phone still listens on the line it has migrated from; the draining gateway waits for it, up to 2 s."""
 ALONE_SECONDS: Final = 1.5
 """How long a migration may still take when the line it leaves has ended."""
 FIRST_BACKOFF_SECONDS: Final = 0.2
