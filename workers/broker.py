@@ -390,9 +390,7 @@ class Broker:
         """Cache what was read since `claim` was placed, unless something changed meanwhile."""
         with _passing_errors():
             with anyio.fail_after(COMMAND_SECONDS):
-                await self._fill_session(
-                    keys=[keys.session(user_id)], args=[claim, value, keys.SESSION_TTL_SECONDS]
-                )
+                await self._fill_session(keys=[keys.session(user_id)], args=[claim, value, keys.SESSION_TTL_SECONDS])
 
     async def hold_session(self, user_id: str) -> None:
         """Nobody reads or fills the cache while the truth changes; for 30 s, should `drop_session` never come."""
