@@ -30,7 +30,6 @@ from workers.rest.shapes import (
     is_true,
     moment_at,
 )
-from workers.rest.upkeep import tell_of_newcomers
 from workers.store.overviews import Overview, Place
 
 NAMED_LIMIT: Final = 1000
@@ -98,7 +97,6 @@ async def create_conversation(
     created = await commands.create(
         desk, actor, data.conversation_type, participants, data.agent_id, data.title, idempotency_key
     )
-    await tell_of_newcomers(desk, str(created.conversation_id), participants)
     if data.conversation_type is ConversationType.ONE_TO_ONE:
         await _note_blocks(desk, *participants)
     return Response(created, status_code=201)

@@ -18,7 +18,6 @@ from workers.rest.conversations import NAMED_LIMIT, check_known, check_not_block
 from workers.rest.desk import Desk, DeskDependency
 from workers.rest.errors import RestError
 from workers.rest.shapes import CallerRequest, IdempotencyHeader, Limit, Listing, Moment, PathId, ms_of
-from workers.rest.upkeep import tell_of_newcomers
 from workers.store.memberships import Banned, Participant
 
 _STEP_ERRORS = (
@@ -80,9 +79,7 @@ async def add_participants(
     user_ids = list(dict.fromkeys(data.user_ids))
     await check_known(desk, user_ids)
     await check_not_blocked(desk, actor, user_ids)
-    conversation = await commands.add(desk, actor, conversation_id, user_ids, idempotency_key)
-    await tell_of_newcomers(desk, conversation_id, user_ids)
-    return conversation
+    return await commands.add(desk, actor, conversation_id, user_ids, idempotency_key)
 
 
 @patch(

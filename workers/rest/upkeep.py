@@ -27,8 +27,6 @@ from workers.store.errors import StoreUnavailable
 from workers.store.users import DELETION, READ_RECEIPTS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from workers.rest.desk import Desk
 
 EVERY_SECONDS: Final = 15.0
@@ -135,13 +133,6 @@ async def tell_owners(desk: Desk, user_id: str) -> None:
             for stay in page:
                 await _tell_owner(desk, stay.membership.conversation_id, user_id, hidden=hidden)
         told = hidden
-
-
-async def tell_of_newcomers(desk: Desk, conversation_id: str, user_ids: Iterable[str]) -> None:
-    """These have just joined: its owner hears which of them hide what they read."""
-    for user_id, privacy in (await desk.store.users.privacy(user_ids)).items():
-        if not privacy.read_receipts:
-            await _tell_owner(desk, conversation_id, user_id, hidden=True)
 
 
 async def _hides_reads(desk: Desk, user_id: str) -> bool:
