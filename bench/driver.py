@@ -153,12 +153,11 @@ class Connection(picows.WSListener):
     def send_heartbeat(self) -> None:
         self._send(self._heartbeat)
 
-    def socialise(self, social: bool, types_at: float) -> None:
-        """Watch the other of the conversation and announce messages by typing, or stop both."""
-        kind = frames.PresenceSubscribe if social else frames.PresenceUnsubscribe
+    def watch_other(self, watches: bool) -> None:
+        """Watch the other of a 1:1 conversation, or no more."""
+        kind = frames.PresenceSubscribe if watches else frames.PresenceUnsubscribe
         if self._member.receiver_id:
             self._send(self._codec.encode(kind(payload=frames.PeoplePayload(user_ids=[self._member.receiver_id]))))
-        self.types_at = types_at if social else float("inf")
 
     def _acknowledge(self) -> None:
         self._unacked = 0
@@ -284,19 +283,21 @@ class Load:
         return {"connected": len(command.members) - self._waiting, "seconds": time.perf_counter() - began}
 
     async def set_ambient(self, command: Ambient) -> dict[str, Any]:
-        """From now on; typing begins spread over its period, when everybody has been told of the other."""
+        """From now on, once everybody has been told of the other; typing begins spread over its period."""
         was, self._ambient = self._ambient, command
         names = ("typed", "typing_heard", "presence_heard", "heartbeats")
         counted = {name: getattr(self, name) for name in names}
         self.typed = self.typing_heard = self.presence_heard = self.heartbeats = 0
         if command.social != was.social:
-            spread = TYPING_SECONDS / max(1, len(self.connections))
-            for place, connection in enumerate(self.connections):
-                connection.socialise(command.social, time.perf_counter() + place * spread)
+            for connection in self.connections:
+                connection.watch_other(command.social)
         if command.social and not was.social:
             with anyio.move_on_after(AMBIENT_SECONDS):
                 while self.presence_heard < len(self.connections):  # noqa: ASYNC110 - answers to many connections
                     await anyio.sleep(AMBIENT_STEP_SECONDS)
+        now, spread = time.perf_counter(), TYPING_SECONDS / max(1, len(self.connections))
+        for place, connection in enumerate(self.connections):
+            connection.types_at = now + place * spread if command.social else float("inf")
         if command.heartbeat_seconds and not was.heartbeat_seconds:
             self._beat()
         return counted

@@ -48,7 +48,7 @@ def compare(args: argparse.Namespace, stack: Stack, driver: DriverProcess) -> di
     return {
         "plain": plain,
         "social": social,
-        "socialmore_percent": {role: more_percent(plain, social, role) for role in plain[0] if role != "rest"},
+        "social_more_percent": {role: more_percent(plain, social, role) for role in plain[0] if role != "rest"},
         "social_per_second": heard,
     }
 

@@ -376,7 +376,7 @@ class RedisBroker:
             if was_established:
                 await self._check_settings(info)
             first = await self.commands.call("XADD", self._down_key, "*", keys.FIELD, encode_down([]))
-            if _place(first) <= _place(self._position):
+            if _place(first) < _place(self._position):  # equal where the reader was quicker
                 # A Redis whose clock is behind: what comes now has smaller ids than what was read. Otherwise the
                 # position
                 # stays: a stream restored from disk still holds what was routed, and a receipt told twice goes
