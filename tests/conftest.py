@@ -1,4 +1,4 @@
-"""What all tests share: one Valkey and one mongod per run, a fresh database and an empty Valkey per test."""
+"""What all tests share: one Valkey and one mongod per run, both empty when a test begins."""
 
 from __future__ import annotations
 
@@ -36,8 +36,19 @@ def redis_url(services: Services) -> str:
 
 
 @pytest.fixture
-def mongodb_url(services: Services) -> Iterator[str]:
-    """The URL of a database that exists for this test only."""
+def mongodb_url(services: Services) -> str:
+    """The URL of an empty database. Emptied rather than dropped: its indexes take half a second to make."""
+    server = services.mongodb_url.rsplit("/", 1)[0]
+    with pymongo.MongoClient[dict[str, Any]](server) as client:
+        database = client["test"]
+        for name in database.list_collection_names():
+            database[name].delete_many({})
+    return f"{server}/test"
+
+
+@pytest.fixture
+def new_mongodb_url(services: Services) -> Iterator[str]:
+    """The URL of a database without a collection or an index, for this test only."""
     name = f"test_{next(_databases)}"
     server = services.mongodb_url.rsplit("/", 1)[0]
     yield f"{server}/{name}"

@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.anyio
 
 
+@pytest.fixture
+def mongodb_url(new_mongodb_url: str) -> str:
+    """Without the indexes of the tests before."""
+    return new_mongodb_url
+
+
 async def indexes(store: Store, collection: str) -> dict[str, dict[str, Any]]:
     """Index name → its document, without `_id_`."""
     found = await (await store.db[collection].list_indexes()).to_list()
