@@ -197,14 +197,16 @@ class Receipts:
             groups: dict[str, list[str]] = {}
             for (conversation_id, user_id), what in moved.items():
                 owned = self._conversations.get(conversation_id)
-                if owned is None or user_id not in owned.members:
+                member = None if owned is None else owned.members.get(user_id)
+                if owned is None or member is None:
                     continue
                 if owned.is_group:
                     groups.setdefault(conversation_id, []).append(user_id)
                 else:
-                    notices += _direct_update(owned, owned.members[user_id], what, now_ms)
+                    notices += _direct_update(owned, member, what, now_ms)
+                # The writer may remove the member during the wait: hold on to it.
                 if what.read and await self._courier.devices(user_id) > 1:
-                    notices.append(_badge(owned, owned.members[user_id]))
+                    notices.append(_badge(owned, member))
             told = []
             for conversation_id, user_ids in groups.items():
                 if (owned := self._conversations.get(conversation_id)) is not None:

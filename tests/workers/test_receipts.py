@@ -214,6 +214,29 @@ async def receipts(yard: Yard, count: int) -> list[tuple[list[str], frames.Recei
     return found
 
 
+async def test_a_reader_who_is_removed_while_they_are_looked_up_harms_nobody(
+    yard: Yard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await yard.connect("ann", "bob")
+    async with run_lane(yard) as lane:
+        group = await yard.create("ann", "bob", "cat", kind=ConversationType.GROUP)
+        await yard.send(group, "ann", "k1")
+        (ack,) = await yard.acks(1)
+
+        async def removed_meanwhile(user_id: str) -> int:
+            owned = lane._conversations.get(group)
+            assert owned is not None
+            owned.members.pop(user_id, None)
+            return 2
+
+        monkeypatch.setattr(lane._courier, "devices", removed_meanwhile)
+        await yard.read(ack["payload"]["message_id"], "bob")
+        await eventually(lambda: settled(yard))
+        await anyio.sleep(0.3)
+        await yard.send(group, "ann", "k2")
+        await yard.acks(1)
+
+
 async def test_a_device_id_with_dots_has_a_cursor(yard: Yard) -> None:
     async with run_lane(yard):
         conv = await yard.create("ann", "bob")
