@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
+import anyio
 import msgspec
 import structlog
 
@@ -239,6 +240,9 @@ class Conversations:
     def __init__(self, store: ConversationStore) -> None:
         self._store = store
         self._owned: dict[str, Owned] = {}
+        self._loading = anyio.Lock()
+        self._forgets = 0
+        """Times that states were dropped: what was being read meanwhile is read again."""
         self.dirty: dict[tuple[str, str], Member] = {}
         """(conversation, user) → member whose receipts moved its marks since the last flush."""
         self.replied: set[tuple[str, str]] = set()
@@ -256,19 +260,31 @@ class Conversations:
         """Bring in these conversations (id → shard) where they are not here; unknown ids stay unknown. Raises
         StoreUnavailable.
         """
-        missing = [name for name in shard_of if name not in self._owned]
-        if not missing:
+        if all(name in self._owned for name in shard_of):
             return
-        for name, loaded in (await self._store.load(missing)).items():
-            owned = Owned(shard_of[name], loaded.conversation, loaded)
-            await self._fold_tail(owned, loaded)
-            for user_id in owned.members:
-                for waiting in (self.dirty, self.lazy):
-                    moved = waiting.get((name, user_id))
-                    if moved is not None:
-                        self._overlay(owned.members[user_id], moved)
-                        waiting[name, user_id] = owned.members[user_id]
-            self._owned[name] = owned
+        # Writer and teller both load: what one of them read must not replace what the other has moved on since.
+        async with self._loading:
+            while missing := [name for name in shard_of if name not in self._owned]:
+                forgets = self._forgets
+                found = [
+                    await self._build(shard_of[name], one) for name, one in (await self._store.load(missing)).items()
+                ]
+                if forgets == self._forgets:
+                    for owned in found:
+                        self._owned.setdefault(owned.conversation_id, owned)
+                    return
+
+    async def _build(self, shard: int, loaded: Loaded) -> Owned:
+        """A conversation as the store has it, its tail folded, marks that are not flushed put over it."""
+        owned = Owned(shard, loaded.conversation, loaded)
+        await self._fold_tail(owned, loaded)
+        for user_id, member in owned.members.items():
+            for waiting in (self.dirty, self.lazy):
+                moved = waiting.get((owned.conversation_id, user_id))
+                if moved is not None:
+                    self._overlay(member, moved)
+                    waiting[owned.conversation_id, user_id] = member
+        return owned
 
     async def _fold_tail(self, owned: Owned, loaded: Loaded) -> None:
         """Redo the effects of messages whose projection was not written before a crash."""
@@ -309,11 +325,13 @@ class Conversations:
 
     def forget(self, conversation_ids: Iterable[str]) -> None:
         """Drop states that may be wrong; the next use loads them with majority reads."""
+        self._forgets += 1
         for name in conversation_ids:
             self._owned.pop(name, None)
 
     def forget_shards(self, kept: frozenset[int]) -> None:
         """Another worker may own the rest now."""
+        self._forgets += 1
         self._owned = {name: owned for name, owned in self._owned.items() if owned.shard in kept}
 
     def take_dirty(self, lazy: bool) -> dict[tuple[str, str], Member]:
