@@ -243,6 +243,8 @@ class MessageDocument(StoredMessage, kw_only=True, frozen=True, gc=False):
     """Of a `hidden` entry: its actor."""
     hidden_by: list[str] | UnsetType = UNSET
     """Who has deleted this message for themselves."""
+    edited_seq: int | UnsetType = UNSET
+    """The entry that its content comes from, where it was edited."""
     changed_seq: int | UnsetType = UNSET
     """The last entry whose effect this message shows; none before it is applied again."""
     erase_at: datetime | UnsetType = UNSET

@@ -28,6 +28,7 @@ from workers.plan import Entry, Plan
 from workers.receipts import Receipts
 from workers.store.errors import StoreUnavailable
 from workers.store.marks import HeadMark
+from workers.store.messages import from_ms
 from workers.typists import Typists
 
 if TYPE_CHECKING:
@@ -321,18 +322,25 @@ class Lane:
                 down[instance].append(item)
 
     def _note_heads(self, plan: Plan) -> None:
+        for conversation_id, is_activity in plan.found.items():
+            if (owned := self._conversations.get(conversation_id)) is not None:
+                at = from_ms(owned.created_ms)
+                active_at = at if is_activity else self._active_at(conversation_id)
+                self._heads[conversation_id] = HeadMark(
+                    conversation_id, owned.last, owned.countable, owned.digest, at, active_at
+                )
         for document in plan.documents:
             conversation_id, at = document["conversation_id"], document["created_at"]
-            if "target_message_id" in document:
-                # A change of a message, private ones among them, is no activity to order conversations by.
-                before = self._heads.get(conversation_id)
-                active_at = None if before is None else before.active_at
-            else:
-                active_at = at
+            # A change of a message, private ones among them, is no activity to order conversations by.
+            active_at = self._active_at(conversation_id) if "target_message_id" in document else at
             self._heads[conversation_id] = HeadMark(
                 conversation_id, document["sequence_number"], document["countable"], document["digest"], at, active_at
             )
         self._keys += plan.keys
+
+    def _active_at(self, conversation_id: str) -> datetime | None:
+        before = self._heads.get(conversation_id)
+        return None if before is None else before.active_at
 
     async def _publish_and_settle(self, down: Down) -> None:
         settlements = [log_.settle(shard) for shard, log_ in self._logs.items() if log_.done]

@@ -36,6 +36,7 @@ class Draft(NamedTuple):
     keeps_hash: bool = False
     target_id: str = ""
     hidden_for: str = ""
+    hidden_by: frozenset[str] = frozenset()
 
 
 def place(draft: Draft, message_id: str, owned: Owned) -> StoredMessage:
@@ -62,7 +63,7 @@ def place(draft: Draft, message_id: str, owned: Owned) -> StoredMessage:
 
 def document(message: StoredMessage, draft: Draft, owned: Owned) -> dict[str, Any]:
     """The `messages` document of a message that has just taken its place (see `models.MessageDocument`)."""
-    stored = {
+    stored: dict[str, Any] = {
         "_id": message.message_id,
         "idempotency_key": draft.key,
         "conversation_id": message.conversation_id,
@@ -91,4 +92,6 @@ def document(message: StoredMessage, draft: Draft, owned: Owned) -> dict[str, An
         stored["target_message_id"] = draft.target_id
     if draft.hidden_for:
         stored["hidden_for"] = draft.hidden_for
+    if draft.hidden_by:
+        stored["hidden_by"] = sorted(draft.hidden_by)
     return stored

@@ -88,10 +88,13 @@ def _check_title(title: str) -> Refused | None:
     return None
 
 
+_BLOCKED: Final = Refused(ErrorCode.BLOCKED, "one of you has blocked the other")
+
+
 def check_speech(owned: Owned, member: Member, now_ms: int) -> Refused | None:
     """May this member say something now? Deleting is no speech."""
     if owned.blocked:
-        return Refused(ErrorCode.BLOCKED, "one of you has blocked the other")
+        return _BLOCKED
     if member.silenced_until > now_ms:
         return Refused(ErrorCode.MUTED, "you may not speak here now")
     return None
@@ -228,6 +231,8 @@ def _decide_disappearing(
 ) -> Verdict:
     if owned.is_group and rank < _RANKS[Role.ADMIN]:
         return Refused(ErrorCode.FORBIDDEN, "only an owner or admin lets messages disappear")
+    if owned.blocked:
+        return _BLOCKED
     if not 0 <= change.seconds <= LONGEST_DISAPPEARING_SECONDS:
         return Refused(
             ErrorCode.VALIDATION_FAILED, f"messages disappear after 1 to {LONGEST_DISAPPEARING_SECONDS} s, or never (0)"

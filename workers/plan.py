@@ -118,6 +118,9 @@ class Plan:
         """
         self.outcomes: list[tuple[str, records.DownItem]] = []
         self.projections: dict[str, tuple[Owned, Projection]] = {}
+        self.found: dict[str, bool] = {}
+        """Conversations of entries that had their place already → is one of them no change of a message? Nobody may
+        have heard of those entries, so their logs' heads are flushed again and the gateways' sweep finds them."""
         self.settings: list[MemberSettings] = []
         """What accounts' settings mean for members: no entry of the log."""
         self.deleted: set[str] = set()
@@ -126,6 +129,10 @@ class Plan:
         """`conversation_update` frames, each for its users."""
         self.created: list[tuple[Conversation, list[Membership]]] = []
         """Conversations that must exist before the documents: the log of an unknown one could not be loaded."""
+
+    def note_found(self, owned: Owned, *, is_activity: bool) -> None:
+        """An entry of this conversation had its place already."""
+        self.found[owned.conversation_id] = is_activity or self.found.get(owned.conversation_id, False)
 
 
 class Planner:
@@ -252,6 +259,7 @@ class Planner:
             return False
         # An entry that met its own document was committed by an earlier attempt: nobody has heard of it yet.
         is_first = known.message_id == entry.message_id or entry.redelivered
+        plan.note_found(owned, is_activity=isinstance(record, records.SendMessage))
         status = _status(owned, record.sender_id, known.sequence_number)
         self._acknowledge(record, known, status, plan, duplicate=not is_first)
         metrics.INGESTED.labels("duplicate").inc()
@@ -339,6 +347,7 @@ class Planner:
             hidden_for=hidden_for,
             keeps_hash=is_edit,
             expires_ms=target.expires_ms if is_edit else 0,
+            hidden_by=frozenset(target.hidden_by if is_edit else ()),
         )
         message, _ = self._append_event(entry, owned, event, draft, plan, frozenset(), now_ms)
         effect = effect_of(event, owned.last, message.created_at, target.message_id, hidden_for, target.content_hash)
@@ -394,6 +403,7 @@ class Planner:
         known = self._known(entry.key, plan)
         if known is not None and owned is not None:
             # Loading has folded its event already; who waits is told that it is so.
+            plan.note_found(owned, is_activity=True)
             self._answer(record, plan, owned)
             return
         match record:

@@ -253,13 +253,14 @@ async def test_who_is_blocked_is_refused_both_ways_until_it_ends(yard: Yard) -> 
         edit = await yard.changed(conv, "ann", "e1", target, records.Edit("x"))
         reaction = await yard.changed(conv, "bob", "r1", target, records.React("x", add=True))
         deletion = await yard.changed(conv, "ann", "d1", target, records.Delete(for_all=True))
+        vanishing = await yard.decided(conv, "ann", records.SetDisappearing(60), "vanish")
         await yard.put(records.SetMember(conv, "bob", None, blocks=False), conv)
         await yard.said(conv, "ann", "k4")
         await eventually(lambda: settled(yard))
         stored = await yard.log(conv)
     assert [answer.get("code") for answer in refused] == ["blocked", "blocked", None]
     assert refused[2]["duplicate"] is True, "what had its ack keeps it"
-    assert [edit["code"], reaction["code"]] == ["blocked"] * 2
+    assert [edit["code"], reaction["code"], vanishing] == ["blocked"] * 3
     assert deletion["sequence_number"] == 2
     assert [m["sequence_number"] for m in stored] == [1, 2, 3], "settings are no entries"
     assert "blocks" not in await membership(yard, conv, "bob")

@@ -14,6 +14,7 @@ from protocol.models import ConversationType, MessageType
 from protocol.watermarks import chain_digest, content_hash
 from tests.workers.lanes import crashing_lane, eventually, lose_its_lease, run_lane, settled, shown
 from workers import janitor
+from workers.consumer import Lane
 
 if TYPE_CHECKING:
     from tests.workers.lanes import Yard
@@ -119,6 +120,39 @@ async def test_deleting_for_oneself_shows_the_others_nothing(yard: Yard) -> None
     assert (event.event, event.actor, event.targets) == ("hidden", "", [])
     assert isinstance(event.commitment, str)
     assert "hidden" not in msgspec.json.encode(list(theirs.values())).decode().replace('"hidden\\"', "")
+
+
+async def test_deleting_for_oneself_takes_the_edits_along(yard: Yard) -> None:
+    async with run_lane(yard):
+        conv = await yard.create("ann", "bob")
+        target = await yard.said(conv, "ann", "k1", "secret one")
+        before = await yard.changed(conv, "ann", "e1", target, records.Edit("secret two"))
+        await yard.changed(conv, "bob", "h1", target, FOR_ME)
+        after = await yard.changed(conv, "ann", "e2", target, records.Edit("secret three"))
+        mine, theirs = await yard.seen("bob", conv), await yard.seen("ann", conv)
+    assert "secret" not in msgspec.json.encode(list(mine.values())).decode()
+    assert [mine[ack["message_id"]].content for ack in (before, after)] == ["", ""]
+    assert "secret three" in theirs[after["message_id"]].content
+    assert theirs[target].content == "secret three"
+
+
+async def test_who_has_left_sees_nothing_of_later_in_a_message_of_their_stay(yard: Yard) -> None:
+    async with run_lane(yard):
+        group = await yard.create("ann", "bob", "cat", kind=ConversationType.GROUP)
+        edited = await yard.said(group, "ann", "k1", "first")
+        reacted = await yard.said(group, "ann", "k2", "plain")
+        early = await yard.said(group, "ann", "k3", "before")
+        await yard.changed(group, "ann", "e0", early, records.Edit("edited in time"))
+        await yard.remove(group, "ann", "bob")
+        await yard.next_down(records.CommandOutcome, 2)
+        await yard.changed(group, "ann", "e1", edited, records.Edit("not for bob"))
+        await yard.changed(group, "cat", "r1", reacted, thumb())
+        left, stayed = await yard.seen("bob", group), await yard.seen("cat", group)
+    assert (left[edited].content, left[edited].content_hash) == ("", hexed("first"))
+    assert (left[reacted].content, left[reacted].reactions) == ("plain", msgspec.UNSET)
+    assert left[early].content == "edited in time"
+    assert stayed[edited].content == "not for bob"
+    assert stayed[reacted].reactions is not msgspec.UNSET
 
 
 async def test_reactions_come_and_go_one_entry_each(yard: Yard) -> None:
@@ -311,6 +345,36 @@ async def lose_the_projection(yard: Yard, monkeypatch: pytest.MonkeyPatch, put: 
                 await reached.wait()
     await yard.broker.client.flushall()
     await yard.open()
+
+
+async def test_the_head_of_a_change_nobody_heard_of_is_flushed_for_the_sweep(
+    yard: Yard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with run_lane(yard):
+        conv = await yard.create("ann", "bob")
+        target = await yard.said(conv, "ann", "k1", "first")
+        await eventually(lambda: settled(yard))
+    stored = anyio.Event()
+
+    async def never(self: Lane, *_: object) -> None:
+        stored.set()
+        await anyio.sleep_forever()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Lane, "_deliver", never)
+        async with crashing_lane(yard):
+            await yard.change(conv, "ann", "e1", target, records.Edit("second"))
+            with anyio.fail_after(5):
+                await stored.wait()
+    async with run_lane(yard):
+        await eventually(lambda: settled(yard))
+
+    async def is_flushed() -> bool:
+        """Where the sweep looks, and nowhere else."""
+        head = await yard.store.db["sequence_numbers"].find_one({"_id": conv})
+        return head is not None and head["last_sequence_number"] == 2
+
+    await eventually(is_flushed)
 
 
 async def test_an_edit_without_its_projection_is_repaired_from_the_log(

@@ -75,6 +75,15 @@ async def test_all_others_are_revoked_known_or_not(store: Store, broker: Broker)
     assert not await is_good(store, broker, "ann", "phone", T0)
 
 
+async def test_all_means_those_revoked_before_too(store: Store, broker: Broker) -> None:
+    """The administrator makes tokens for any device, also for one that was revoked."""
+    await log_in(store, "phone")
+    await revoke_device(store, broker, "ann", "phone", T0 + 5)
+    assert await is_good(store, broker, "ann", "phone", T0 + 10), "made by the administrator since"
+    await revoke_others(store, broker, "ann", None, T0 + 20)
+    assert not await is_good(store, broker, "ann", "phone", T0 + 10)
+
+
 async def test_what_was_read_before_a_change_is_not_cached_after_it(store: Store, broker: Broker) -> None:
     await log_in(store, "phone")
     assert await broker.look_session("ann", "claim 1") is None

@@ -161,7 +161,14 @@ async def read_conversation(request: CallerRequest, conversation_id: PathId, des
 @patch(
     "/v1/conversations/{conversation_id:str}",
     guards=[user_guard, shape_guard],
-    opt={"errors": (ErrorCode.CONVERSATION_NOT_FOUND, ErrorCode.FORBIDDEN, ErrorCode.OVERLOADED)},
+    opt={
+        "errors": (
+            ErrorCode.CONVERSATION_NOT_FOUND,
+            ErrorCode.FORBIDDEN,
+            ErrorCode.BLOCKED,
+            ErrorCode.OVERLOADED,
+        )
+    },
     summary="Rename a group, or let messages disappear",
 )
 async def change_conversation(

@@ -50,7 +50,8 @@ class Audience:
 
     def show(self, document: Document) -> StoredMessage:
         """The stored message for this viewer: computed status, the idempotency key for its sender only, no content that
-        has disappeared or that the viewer has deleted, the target of a private deletion for its actor only."""
+        has disappeared, that the viewer has deleted or that was written after they left, the target of a private
+        deletion for its actor only."""
         shown = dict(document)
         sender_id = shown["sender_id"]
         shown["status"] = self._status(shown["sequence_number"], sender_id)
@@ -62,6 +63,11 @@ class Audience:
             _veil(shown, shown["created_at"])
         elif "expires_at" in shown and shown["expires_at"] <= self._now:
             _veil(shown, shown["expires_at"])
+        if self._leave_seq is not None and shown.get("changed_seq", 0) > self._leave_seq:
+            # Who has left sees nothing of later: neither what was written into a message nor who reacts to it.
+            shown.pop("reactions", None)
+            if shown.get("edited_seq", 0) > self._leave_seq:
+                _veil(shown, shown["edited_at"])
         if not shown.get("reactions", True):
             del shown["reactions"]
         # The model ignores what only the server reads (digest, countable, who has hidden it from themselves).

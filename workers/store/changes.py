@@ -107,7 +107,12 @@ def operations(effect: Effect) -> Iterator[UpdateOne | UpdateMany]:
     match effect.kind:
         case EventKind.EDITED:
             # What has disappeared meanwhile stays so.
-            edit = done | {"content": effect.content, "edited_at": effect.at, "content_hash": effect.original}
+            edit = done | {
+                "content": effect.content,
+                "edited_at": effect.at,
+                "edited_seq": effect.sequence,
+                "content_hash": effect.original,
+            }
             yield UpdateOne(newer | {"deleted_at": {"$exists": False}}, {"$set": edit})
         case EventKind.DELETED:
             gone = {"content": "", "deleted_at": effect.at}
@@ -118,7 +123,10 @@ def operations(effect: Effect) -> Iterator[UpdateOne | UpdateMany]:
             edits = {"target_message_id": effect.message_id, "content_hash": {"$exists": True}, "content": {"$ne": ""}}
             yield UpdateMany(edits, {"$set": gone})
         case EventKind.HIDDEN:
-            yield UpdateOne(newer, {"$set": done, "$addToSet": {"hidden_by": effect.actor}})
+            hide = {"$addToSet": {"hidden_by": effect.actor}}
+            yield UpdateOne(newer, {"$set": done, **hide})
+            # What its edits said goes with it; later ones are hidden from the start (`plan.py`).
+            yield UpdateMany({"target_message_id": effect.message_id, "content_hash": {"$exists": True}}, hide)
         case EventKind.REACTED:
             given = {"user_id": effect.actor, "emoji": effect.emoji}
             yield UpdateOne(newer, {"$set": done, "$addToSet": {"reactions": given}})

@@ -161,7 +161,8 @@ class DeviceStore:
                 own = [{"$set": {"tokens_valid_from": {"$ifNull": ["$tokens_valid_from", before]}}}]
                 await self._devices.update_one({"_id": _name(user_id, keep)}, own)
             await self._users.update_one({"_id": user_id}, {"$max": {"tokens_valid_from": now + _MILLISECOND}})
-            others: Document = {"user_id": user_id, **_SHOWN}
+            # The revoked ones too: the administrator may have made tokens for them since.
+            others: Document = {"user_id": user_id}
             if keep is not None:
                 others["device_id"] = {"$ne": keep}
             await self._devices.update_many(others, _revocation(now))
