@@ -101,8 +101,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Exports of one account: each reads all its conversations."""
     devices_per_account: Annotated[int, Meta(ge=1, le=1000)] = 32
     """Devices an account has at once; one more login ends the session of the one that was seen longest ago."""
-    trusted_proxies: str = "127.0.0.1"
-    """Addresses, comma-separated, whose `X-Forwarded-For` is believed; empty for none."""
+    trusted_proxies: str = ""
+    """Addresses, comma-separated, whose `X-Forwarded-For` is believed. Nobody's by default: a forwarder on this machine
+    that adds no such header would let every client write its own."""
     key_uploads_per_hour: Annotated[int, Meta(ge=1, le=1_000_000)] = 60
     """Uploads of identities by one user, and as many of one-time keys: 100 signatures take 7 ms, and a new identity is
     told to everybody the user talks to."""

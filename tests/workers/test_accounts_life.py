@@ -146,6 +146,24 @@ async def test_an_export_holds_everything_the_account_may_see(rest: Rest, monkey
     assert refusal(await rest.call("GET", "/v1/users/me/export", ann.access_token)) == (429, "rate_limited")
 
 
+async def test_an_export_shows_nothing_of_how_a_group_went_on_without_the_account(rest: Rest) -> None:
+    ann = await log_in(rest, phone="+49301234567")
+    _, bob = await rest.user("Bob")
+    cat_id, _ = await rest.user("Cat")
+    group_id = await rest.group(bob, ann.user_id)
+    people = f"/v1/conversations/{group_id}/participants"
+    assert (await rest.call("DELETE", f"{people}/{ann.user_id}", bob)).status_code == 200
+    assert (await rest.call("POST", people, bob, {"user_ids": [cat_id]})).status_code == 200
+    renamed = await rest.call("PATCH", f"/v1/conversations/{group_id}", bob, {"title": "Without Ann"})
+    assert renamed.status_code == 200, renamed.text
+    exported = await rest.call("GET", "/v1/users/me/export", ann.access_token)
+    (line,) = [json.loads(line) for line in exported.text.splitlines() if '"type":"conversation"' in line]
+    assert (line["left"], line["conversation"]["participants"]) == (True, [ann.user_id])
+    assert line["conversation"]["last_sequence_number"] == 2, "where Ann left"
+    assert cat_id not in exported.text
+    assert "Without Ann" not in exported.text
+
+
 async def test_a_deleted_account_is_gone_and_its_phone_begins_anew(rest: Rest, store: Store) -> None:
     ann = await log_in(rest, phone="+49301234567")
     bob_id, bob = await rest.user("Bob")

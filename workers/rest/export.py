@@ -42,7 +42,7 @@ class BlockLine(msgspec.Struct, frozen=True, tag="block"):
 
 
 class ConversationLine(msgspec.Struct, frozen=True, tag="conversation"):
-    """Its messages follow. `left`: the account is not in it any more."""
+    """Its messages follow. `left`: the account is not in it any more, and sees nothing of how it stands now."""
 
     conversation: Conversation
     settings: OwnSettings
@@ -107,9 +107,19 @@ def _conversation_line(stay: Stay) -> ConversationLine:
         membership.pinned_at is not msgspec.UNSET,
         None if muted_until is msgspec.UNSET else muted_until,
     )
-    return ConversationLine(
-        stay.conversation, settings, membership.role.value, membership.leave_seq is not msgspec.UNSET
-    )
+    conversation = stay.conversation
+    left_at = membership.leave_seq
+    if left_at is not msgspec.UNSET:
+        # How it stands now is not theirs to know.
+        conversation = msgspec.structs.replace(
+            conversation,
+            participants=[membership.user_id],
+            last_sequence_number=left_at,
+            last_message_at=msgspec.UNSET,
+            title=msgspec.UNSET,
+            disappearing_seconds=msgspec.UNSET,
+        )
+    return ConversationLine(conversation, settings, membership.role.value, left_at is not msgspec.UNSET)
 
 
 def _lines(lines: list[Line]) -> bytes:
