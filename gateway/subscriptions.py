@@ -81,18 +81,21 @@ class Subscriptions:
 
     def user_changed(self, user_id: str) -> None:
         """This user's first connection came, or the last one went."""
-        self._users.add(user_id)
-        self._due.set()
+        if self.wire.connected:
+            self._users.add(user_id)
+            self._due.set()
 
     def person_changed(self, user_id: str) -> None:
         """This person's first watcher came, or the last one went."""
-        self._people.add(user_id)
-        self._due.set()
+        if self.wire.connected:
+            self._people.add(user_id)
+            self._due.set()
 
     def ask_when_heard(self, query: records.PresenceQuery) -> None:
         """Ask once every change after the answer is sure to be heard. Lost with the wire: the gap is told."""
-        self._asks.append(query)
-        self._due.set()
+        if self.wire.connected:
+            self._asks.append(query)
+            self._due.set()
 
     async def run(self, listener: Listener) -> None:
         """Until cancelled."""
@@ -115,6 +118,7 @@ class Subscriptions:
                 await self._subscribe()
             except ReplyFailed as error:
                 _log.warning("subscriptions_refused", reason=str(error))
+                self._everything = True  # what was taken for this turn is not known any more
                 await trio.sleep(_REFUSED_SECONDS)
             except WireError:
                 await trio.lowlevel.checkpoint()  # all of it again as soon as there is a connection

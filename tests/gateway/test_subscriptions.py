@@ -166,11 +166,14 @@ async def test_after_a_gap_everything_is_heard_again_and_the_listener_knows(
     assert await listening.publish(keys.presence("usr_b"), ONLINE) == 0
     ear.watched.add("usr_c")
     listening.channels.person_changed("usr_c")
+    listening.asked.clear()
+    listening.channels.ask_when_heard(records.PresenceQuery("gw_1", 7, "usr_a", ["usr_c"]))
     proxy.refusing = False
     await eventually(lambda: ear.gaps == gaps + 1, 5)
     for channel in (keys.user_channel("usr_a"), keys.presence("usr_b"), keys.presence("usr_c")):
         assert await listening.publish(channel, TELL if channel.startswith("user") else ONLINE) == 1
     await eventually(lambda: len(ear.heard) == 3)
+    assert listening.asked == [], "kept by nobody while the wire is down: the listener asks for all it watches"
 
 
 async def test_a_silent_redis_is_given_up(proxy: Proxy, address: Address, nursery: trio.Nursery) -> None:
