@@ -243,6 +243,7 @@ async def test_the_members_hear_what_their_conversation_became(yard: Yard) -> No
 async def test_who_is_blocked_is_refused_both_ways_until_it_ends(yard: Yard) -> None:
     async with run_lane(yard):
         conv = await yard.create("ann", "bob")
+        await yard.next_down(records.CommandOutcome, 1)
         target = await yard.said(conv, "ann", "k1")
         await yard.put(records.SetMember(conv, "bob", None, blocks=True), conv)
         await yard.send(conv, "ann", "k2")
