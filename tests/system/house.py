@@ -23,7 +23,7 @@ from protocol import keys
 
 if TYPE_CHECKING:
     import subprocess
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
 STUCK_SECONDS: Final = 4
 SETTINGS: Final = {"TRIREME_STUCK_SECONDS": str(STUCK_SECONDS), "TRIREME_LOG_LEVEL": "info"}
@@ -196,9 +196,9 @@ def _valkey(program: Program, port: int) -> Program:
 
 
 @contextmanager
-def run_house() -> Iterator[House]:
+def run_house(settings: Mapping[str, str] = SETTINGS) -> Iterator[House]:
     """Two workers and a gateway on each transport, on a Valkey and a mongod of their own."""
-    with run_stack(workers=2, settings=SETTINGS) as stack:
+    with run_stack(workers=2, settings=settings) as stack:
         house = House(stack)
         try:
             house.add_gateway("trio-websocket")

@@ -1,0 +1,62 @@
+"""One running system for the whole matrix, with the limits of production and shorter deadlines; and the report."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+from tests.hostile.rows import MATRIX, Verdict
+from tests.system.house import House, run_house
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from _pytest.terminal import TerminalReporter
+
+SETTINGS: Final = {
+    "TRIREME_LOG_LEVEL": "debug",
+    "TRIREME_MESSAGE_RATE": "20",
+    "TRIREME_MESSAGE_BURST": "60",
+    "TRIREME_LOOKUP_RATE": "5",
+    "TRIREME_AUTH_FAILURES_PER_MINUTE": "10",
+    "TRIREME_HANDSHAKE_SECONDS": "1.5",
+    "TRIREME_MESSAGE_SECONDS": "2",
+    "TRIREME_STUCK_SECONDS": "3",
+    "TRIREME_AUTH_TIMEOUT_SECONDS": "2",
+    "TRIREME_HEARTBEAT_SECONDS": "4",
+    "TRIREME_DEAD_SECONDS": "8",
+}
+"""Rates and sizes are protocol.md's. Deadlines are shorter, and the rows that wait for one check its default too."""
+
+
+@pytest.fixture(scope="package")
+def house() -> Iterator[House]:
+    with run_house(SETTINGS) as running:
+        yield running
+
+
+def pytest_terminal_summary(terminalreporter: TerminalReporter) -> None:
+    """The report of the matrix: every row with -v, those that were not as wanted always."""
+    verdicts = [
+        value
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        for name, value in getattr(report, "user_properties", ())
+        if name == "hostile" and isinstance(value, Verdict) and report.when == "call"
+    ]
+    if not verdicts:
+        return
+    verdicts.sort(key=lambda verdict: (verdict.id, verdict.sent, verdict.transport))
+    rows = {verdict.id for verdict in verdicts}
+    bad = [verdict for verdict in verdicts if not verdict.is_good]
+    terminalreporter.section("bad input: row, sent, got, wanted")
+    for verdict in verdicts if terminalreporter.config.get_verbosity() > 0 else bad:
+        mark = "ok " if verdict.is_good else "BAD"
+        terminalreporter.write_line(
+            f"{mark} {verdict.id} ({verdict.transport}) {verdict.sent}: got {verdict.got}, wanted {verdict.wanted}"
+            + (f" [{verdict.because}]" if verdict.because else "")
+        )
+    terminalreporter.write_line(
+        f"{len(rows)} of {len(MATRIX)} rows, {len(verdicts)} inputs, {len(verdicts) - len(bad)} as wanted"
+    )

@@ -1,0 +1,146 @@
+"""Where a row is played: real gateways and REST, people to talk about, and connections from an address of its own.
+
+Every scene has its own loopback address, since failures are counted per address and rows must not count against each
+other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import asynccontextmanager
+from itertools import count
+from typing import TYPE_CHECKING, Any, Final
+
+import httpx2
+import trio
+
+from bench.phone import open_websocket
+from bench.services import HOST
+from protocol import codec
+from tests.gateway.peers import Peer, request_head
+from tests.system.crowd import Crowd, Talker, crowd
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from protocol.codec import FrameCodec
+    from tests.system.house import House
+
+_addresses = count(1)
+
+TELLTALES: Final = (b"Traceback", b'File "', b".py", b"pymongo", b"mongo", b"E11000", b"redis", b"hiredis", b"msgspec")
+"""What no answer may hold: traces of the code and of the databases behind it."""
+
+
+class Scene:
+    """`people` makes users, tokens, conversations and phones; the rest are ways to speak to the system."""
+
+    def __init__(self, house: House, people: Crowd, transport: str) -> None:
+        self.house = house
+        self.people = people
+        self.transport = transport
+        number = next(_addresses)
+        self.address = f"127.1.{number // 250}.{number % 250 + 1}"
+        """Where this scene's connections come from."""
+        self.indiscretions: list[str] = []
+        """Answers that held something of `TELLTALES`."""
+        self._peers: list[Peer] = []
+
+    @property
+    def url(self) -> str:
+        """The WebSocket address of the gateway of this scene."""
+        return self.house.urls[self.transport]
+
+    @property
+    def port(self) -> int:
+        return int(self.url.split(":")[2].split("/")[0])
+
+    async def stream(self, port: int | None = None) -> trio.SocketStream:
+        """A TCP connection to the gateway, or to another `port`, from this scene's address."""
+        return await trio.open_tcp_stream(HOST, port or self.port, local_address=self.address)
+
+    async def open_raw(self) -> Peer:
+        """A TCP connection to the gateway, nothing sent."""
+        peer = Peer(await self.stream())
+        self._peers.append(peer)
+        return peer
+
+    async def open(self, *, subprotocol: str | None = codec.SUBPROTOCOL_JSON) -> Peer:
+        """A WebSocket that has said nothing yet, frame by frame."""
+        peer = await self.open_raw()
+        await peer.send(request_head(subprotocol=subprotocol))
+        head = await peer.head()
+        assert head.startswith(b"HTTP/1.1 101 "), head
+        return peer
+
+    @asynccontextmanager
+    async def talk(self, frame_codec: FrameCodec = codec.JSON, transport: str | None = None) -> AsyncIterator[Talker]:
+        """A WebSocket that has said nothing yet, message by message."""
+        url = self.house.urls[transport or self.transport]
+        stream = await self.stream(int(url.split(":")[2].split("/")[0]))
+        async with stream, trio.open_nursery() as nursery:
+            with trio.fail_after(10):
+                socket = await open_websocket(nursery, stream, url, frame_codec.subprotocol)
+            yield Talker(socket, frame_codec)
+            with trio.move_on_after(3):
+                await socket.aclose()
+            nursery.cancel_scope.cancel()
+
+    async def ask(
+        self, method: str, path: str, token: str = "", body: Any = None, headers: dict[str, str] | None = None
+    ) -> httpx2.Response:
+        """One request to the HTTP API. `body`: bytes as they are, anything else as JSON."""
+        sent = {**({"Authorization": f"Bearer {token}"} if token else {}), **(headers or {})}
+        content: dict[str, Any] = (
+            {"content": body} if isinstance(body, bytes) else {} if body is None else {"json": body}
+        )
+        transport = httpx2.AsyncHTTPTransport(local_address=self.address)
+        async with httpx2.AsyncClient(transport=transport, base_url=self.house.rest_url, timeout=20) as client:
+            answer = await client.request(method, path, headers=sent, **content)
+        self.saw(answer.content)
+        return answer
+
+    async def exchange(self, data: bytes, port: int, pause_seconds: float = 0.0) -> tuple[bytes, float]:
+        """Raw bytes to a port: all that comes back until the server closes, and how many seconds that took.
+
+        With a pause they go one by one.
+        """
+        began = trio.current_time()
+        received = b""
+        step = 1 if pause_seconds else len(data) or 1
+        with trio.fail_after(20):
+            async with await self.stream(port) as stream, trio.open_nursery() as nursery:
+
+                async def write() -> None:
+                    with contextlib.suppress(trio.BrokenResourceError):
+                        for start in range(0, len(data), step):
+                            await stream.send_all(data[start : start + step])
+                            await trio.sleep(pause_seconds)
+
+                nursery.start_soon(write)
+                with contextlib.suppress(trio.BrokenResourceError):
+                    while chunk := await stream.receive_some(65_536):
+                        received += chunk
+                nursery.cancel_scope.cancel()
+        self.saw(received)
+        return received, trio.current_time() - began
+
+    def saw(self, answer: bytes | str) -> None:
+        """Hold an answer against the rule that nothing of ours shows through."""
+        data = answer.encode() if isinstance(answer, str) else answer
+        self.indiscretions += [telltale.decode() for telltale in TELLTALES if telltale in data]
+
+    def close(self) -> None:
+        for peer in self._peers:
+            peer.stream.socket.close()
+
+
+@asynccontextmanager
+async def open_scene(house: House, transport: str) -> AsyncIterator[Scene]:
+    """One row's stage; everything opened on it is closed with it."""
+    async with crowd(house, judged=False) as people:
+        scene = Scene(house, people, transport)
+        try:
+            yield scene
+        finally:
+            scene.close()
