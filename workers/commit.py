@@ -118,17 +118,19 @@ class Committer:
         targets = await self._store.changes.targets(list(changed)) if changed else {}
         joining = {user_id for entry in batch for user_id in _who_may_join(entry.record)}
         hiding = await self._store.conversations.hiding(joining) if joining else frozenset()
-        return self._planner.plan(batch, Read(found, replies, targets, hiding), now_ms)
+        plan = self._planner.plan(batch, Read(found, replies, targets, hiding), now_ms)
+        if plan.doubts:
+            # One read for all of them, however many are refused; none for what is accepted: its insert would notice.
+            keys = [] if look_up else [doubt.entry.key for doubt in plan.doubts]
+            self._planner.settle_doubts(plan, await self._store.messages.find_keys(keys))
+        return plan
 
     def _is_doubtful(self, entry: Entry) -> bool:
-        """May this be the retry of what has its ack, without the insert noticing? A message of a sender who is no
-        member; a change or command that would now find nothing to do, or is no longer allowed.
+        """May this be the retry of what has its ack, without the insert noticing? A change or command that would now
+        find nothing to do, or is no longer allowed. Of messages only those that would be refused: `Plan.doubts`.
         """
-        record = entry.record
-        if not isinstance(record, records.SendMessage):
-            return not isinstance(record, records.SetMember) and not self._planner.knows(entry)
-        owned = self._conversations.get(entry.conversation_id)
-        return owned is not None and record.sender_id not in owned.members
+        is_of_log = not isinstance(entry.record, records.SendMessage | records.SetMember)
+        return is_of_log and not self._planner.knows(entry)
 
     async def _find_reply_targets(self, batch: Sequence[Entry]) -> dict[str, Place]:
         wanted: dict[str, Place] = {}

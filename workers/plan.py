@@ -36,7 +36,7 @@ from workers.store.conversations import MemberSettings
 from workers.store.messages import Found, Key, from_ms
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from datetime import datetime
 
     from workers.receipts import Place
@@ -100,6 +100,16 @@ class Known(msgspec.Struct, frozen=True, gc=False):
     has_media: bool = True
 
 
+class Doubt(NamedTuple):
+    """A message that its sender may not send now, unless it is the repeat of one that had its ack."""
+
+    entry: Entry
+    record: records.SendMessage
+    refusal: groups.Refused
+    place: int
+    """Where among the plan's outcomes its own belongs."""
+
+
 class Plan:
     """What one attempt at a batch will do once its documents are committed."""
 
@@ -127,8 +137,23 @@ class Plan:
         """Ids of messages that changes of this plan delete for all."""
         self.notices: list[notices.Notice] = []
         """`conversation_update` frames, each for its users."""
+        self.doubts: list[Doubt] = []
+        """Messages that would be refused, and whose keys nobody has looked up."""
         self.created: list[tuple[Conversation, list[Membership]]] = []
         """Conversations that must exist before the documents: the log of an unknown one could not be loaded."""
+
+    def note_known(self, found: Mapping[Key, Found]) -> None:
+        """These keys were looked up, and have their place."""
+        for key, hit in found.items():
+            created_ms = int(hit.created_at.timestamp() * 1000)
+            self.known[key] = Known(
+                hit.message_id,
+                hit.sequence_number,
+                created_ms,
+                hash(hit.fingerprint),
+                as_sent=hit.as_sent,
+                has_media=not hit.deleted,
+            )
 
     def note_found(self, owned: Owned, *, is_activity: bool) -> None:
         """An entry of this conversation had its place already."""
@@ -148,16 +173,7 @@ class Planner:
     def plan(self, batch: Sequence[Entry], read: Read, now_ms: int) -> Plan:
         """What these entries become."""
         plan = Plan()
-        for key, hit in read.found.items():
-            created_ms = int(hit.created_at.timestamp() * 1000)
-            plan.known[key] = Known(
-                hit.message_id,
-                hit.sequence_number,
-                created_ms,
-                hash(hit.fingerprint),
-                as_sent=hit.as_sent,
-                has_media=not hit.deleted,
-            )
+        plan.note_known(read.found)
         for entry in batch:
             record = entry.record
             if isinstance(record, records.SendMessage):
@@ -169,6 +185,18 @@ class Planner:
             else:
                 self._plan_command(entry, record, plan, read.hiding, now_ms)
         return plan
+
+    def settle_doubts(self, plan: Plan, found: Mapping[Key, Found]) -> None:
+        """Refuse what is doubtful, but for what has its place: among the keys looked up since, or in this very batch,
+        where its sender was allowed to send it a moment later."""
+        plan.note_known(found)
+        others, plan.outcomes, through = plan.outcomes, [], 0
+        for entry, record, refusal, place in plan.doubts:
+            plan.outcomes += others[through:place]
+            through = place
+            if not self._plan_repeat(entry, record, plan):
+                self._reject(record, plan, refusal)
+        plan.outcomes += others[through:]
 
     def knows(self, entry: Entry) -> bool:
         """Is this entry's key remembered, so that nobody has to be asked whether it is a repeat?"""
@@ -194,23 +222,21 @@ class Planner:
         now_ms: int,
     ) -> None:
         owned = self._conversations.get(record.conversation_id)
-        member = None if owned is None else owned.members.get(record.sender_id)
-        key = entry.key
-        known = self._known(key, plan)
-        hashed = content_hash(record.content)
-        if owned is not None and known is not None:
-            if self._plan_duplicate(entry, record, owned, known, plan, _fingerprint(record, hashed, known.has_media)):
-                self._tell_again(record, owned, known, plan)
-            return
-        if owned is None or member is None:
+        if owned is None:
             self._reject(record, plan, _NO_CONVERSATION)
             return
-        verdict = groups.check_speech(owned, member, now_ms) or _check_addressing(
-            record, owned, member.join_seq, replies, plan
-        )
-        if verdict is not None:
-            self._reject(record, plan, verdict)
+        if self._plan_repeat(entry, record, plan):
             return
+        member = owned.members.get(record.sender_id)
+        refusal: groups.Refused | None = _NO_CONVERSATION
+        if member is not None:
+            refusal = groups.check_speech(owned, member, now_ms) or _check_addressing(
+                record, owned, member.join_seq, replies, plan
+            )
+        if refusal is not None:
+            plan.doubts.append(Doubt(entry, record, refusal, len(plan.outcomes)))
+            return
+        hashed = content_hash(record.content)
         seconds = owned.disappearing_seconds
         draft = Draft(
             record.sender_id,
@@ -227,6 +253,7 @@ class Planner:
             seconds > 0,
         )
         message = self._append(entry, owned, plan, draft, now_ms)
+        key = entry.key
         known = Known(entry.message_id, owned.last, owned.created_ms, _fingerprint(record, hashed), as_sent=not seconds)
         plan.known[key] = known
         plan.keys.append((key, entry.message_id, message.created_at))
@@ -249,6 +276,17 @@ class Planner:
         plan.documents.append(drafts.document(message, draft, owned))
         plan.fresh.add(message_id)
         return message
+
+    def _plan_repeat(self, entry: Entry, record: records.SendMessage, plan: Plan) -> bool:
+        """Answer a message whose key is known; False for any other."""
+        known = self._known(entry.key, plan)
+        owned = self._conversations.get(record.conversation_id)
+        if known is None or owned is None:
+            return False
+        fingerprint = _fingerprint(record, content_hash(record.content), known.has_media)
+        if self._plan_duplicate(entry, record, owned, known, plan, fingerprint):
+            self._tell_again(record, owned, known, plan)
+        return True
 
     def _plan_duplicate(
         self, entry: Entry, record: Asked, owned: Owned, known: Known, plan: Plan, fingerprint: int

@@ -1,0 +1,129 @@
+"""Repeats that a later owner meets: what had its ack keeps it, whatever its sender may do by now."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from protocol import records
+from protocol.models import ConversationType
+from tests.workers.lanes import run_lane
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from tests.workers.lanes import Yard
+    from workers.store.messages import Key
+
+pytestmark = pytest.mark.anyio
+
+FAR = 4_000_000_000_000
+
+
+async def group_of(yard: Yard, *members: str) -> str:
+    group = await yard.create(*members, kind=ConversationType.GROUP)
+    await yard.next_down(records.CommandOutcome, 1)
+    return group
+
+
+async def repeated(yard: Yard, conversation_id: str, sender_id: str, key: str, **changes: Any) -> dict[str, Any]:
+    """Send it again to an owner that remembers no keys: the payload of its answer."""
+    async with run_lane(yard):
+        await yard.send(conversation_id, sender_id, key, **changes)
+        (answer,) = await yard.acks(1)
+    payload: dict[str, Any] = answer["payload"]
+    return payload
+
+
+async def test_a_message_that_had_its_ack_is_acked_again_after_its_sender_was_silenced(yard: Yard) -> None:
+    async with run_lane(yard):
+        group = await group_of(yard, "ann", "bob")
+        message_id = await yard.said(group, "bob", "k1")
+        await yard.decided(group, "ann", records.Silence("bob", FAR), "s1")
+    again = await repeated(yard, group, "bob", "k1")
+    new = await repeated(yard, group, "bob", "k2")
+    other = await repeated(yard, group, "bob", "k1", content="something else")
+    assert (again.get("code"), again.get("message_id"), again.get("duplicate")) == (None, message_id, True)
+    assert (new["code"], other["code"]) == ("muted", "idempotency_conflict")
+
+
+async def test_a_message_that_had_its_ack_is_acked_again_after_a_block(yard: Yard) -> None:
+    async with run_lane(yard):
+        conv = await yard.create("ann", "bob")
+        await yard.next_down(records.CommandOutcome, 1)
+        message_id = await yard.said(conv, "ann", "k1")
+        await yard.put(records.SetMember(conv, "bob", None, blocks=True), conv)
+        await yard.send(conv, "ann", "k2")
+        (refused,) = await yard.acks(1)
+    again = await repeated(yard, conv, "ann", "k1")
+    assert refused["payload"]["code"] == "blocked"
+    assert (again.get("code"), again.get("message_id")) == (None, message_id)
+
+
+async def test_a_reply_that_had_its_ack_is_acked_again_after_its_target_was_deleted(yard: Yard) -> None:
+    async with run_lane(yard):
+        conv = await yard.create("ann", "bob")
+        await yard.next_down(records.CommandOutcome, 1)
+        target = await yard.said(conv, "ann", "k1")
+        reply = await yard.said(conv, "bob", "k2", reply_to_message_id=target)
+        await yard.changed(conv, "ann", "d1", target, records.Delete(for_all=True))
+    again = await repeated(yard, conv, "bob", "k2", reply_to_message_id=target)
+    new = await repeated(yard, conv, "bob", "k3", reply_to_message_id=target)
+    assert (again.get("code"), again.get("message_id")) == (None, reply)
+    assert new["code"] == "validation_failed"
+
+
+async def test_a_message_that_had_its_ack_is_acked_again_after_its_sender_was_removed(yard: Yard) -> None:
+    async with run_lane(yard):
+        group = await group_of(yard, "ann", "bob")
+        message_id = await yard.said(group, "bob", "k1")
+        await yard.remove(group, "ann", "bob")
+        await yard.next_down(records.CommandOutcome, 1)
+    again = await repeated(yard, group, "bob", "k1")
+    new = await repeated(yard, group, "bob", "k2")
+    assert (again.get("code"), again.get("message_id")) == (None, message_id)
+    assert new["code"] == "conversation_not_found"
+
+
+async def test_refused_messages_cost_one_look_up_a_batch_and_accepted_ones_none(
+    yard: Yard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with run_lane(yard):
+        group = await group_of(yard, "ann", "bob")
+        await yard.said(group, "bob", "k0")
+        await yard.decided(group, "ann", records.Silence("bob", FAR), "s1")
+    find_keys = yard.store.messages.find_keys
+    looked_up: list[int] = []
+
+    async def count(wanted: Iterable[Key]) -> Any:
+        keys = list(wanted)
+        looked_up.append(len(keys))
+        return await find_keys(keys)
+
+    monkeypatch.setattr(yard.store.messages, "find_keys", count)
+    for number in range(50):
+        await yard.send(group, "ann", f"a{number}")
+    async with run_lane(yard):
+        await yard.acks(50)
+        assert looked_up == []
+    for number in range(200):
+        await yard.send(group, "bob", f"b{number}")
+    await yard.send(group, "bob", "k0")
+    async with run_lane(yard):
+        answers = await yard.acks(201)
+    assert [answer["payload"].get("code") for answer in answers].count("muted") == 200
+    assert sum(looked_up) == 201
+    assert len(looked_up) <= 3, looked_up
+
+
+async def test_a_key_sent_twice_around_the_end_of_a_silence_has_one_outcome(yard: Yard) -> None:
+    async with run_lane(yard):
+        group = await group_of(yard, "ann", "bob")
+        await yard.decided(group, "ann", records.Silence("bob", FAR), "s1")
+    await yard.send(group, "bob", "k1")
+    await yard.command(group, "ann", records.Silence("bob", 0), "s2")
+    await yard.send(group, "bob", "k1")
+    async with run_lane(yard):
+        answers = [answer["payload"] for answer in await yard.acks(2)]
+    assert len({answer.get("message_id", answer.get("code")) for answer in answers}) == 1, answers
