@@ -37,6 +37,8 @@ UNLIMITED: Final = {
     "TRIREME_MESSAGE_BURST": "1000000",
     "TRIREME_LOOKUP_RATE": "1000000",
     "TRIREME_AUTH_FAILURES_PER_MINUTE": "1000000",
+    "TRIREME_CONNECTIONS_PER_SECOND": "1000000",
+    "TRIREME_UNAUTHENTICATED_CONNECTIONS": "1000000",
 }
 """Every client comes from one address and a load is no abuse: rate limits would measure themselves."""
 

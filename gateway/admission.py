@@ -18,6 +18,7 @@ from joserfc.errors import JoseError, SecurityWarning
 from joserfc.jwk import OKPKey
 
 from protocol.errors import AuthErrorCode
+from protocol.limits import counted_address
 
 if TYPE_CHECKING:
     from protocol.frames import AuthPayload
@@ -96,7 +97,7 @@ class Admission:
 
     def check(self, payload: AuthPayload, remote: str, now: float, wall_ms: int) -> Admitted | Refused:
         """Is this token good for this user and device? A failure counts against `remote`, the address without its
-        port."""
+        port; not one that is a genuine token's only for being old: whoever has it is no guesser."""
         digest = blake2b(payload.auth_token.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         seen = self._verified.get(digest)
         if seen is not None and seen[0] > now:
@@ -109,7 +110,7 @@ class Admission:
             if claims is not None:
                 self._remember(digest, claims, now)
         outcome = _judge(claims, payload, now, wall_ms / 1000)
-        if isinstance(outcome, Refused):
+        if isinstance(outcome, Refused) and outcome.code is not AuthErrorCode.EXPIRED_TOKEN:
             self._count_failure(remote, now)
         return outcome
 
@@ -123,13 +124,12 @@ class Admission:
     ) -> Admitted | Refused:
         """What a session token stood for (None: never made, taken already, or too old) against what the client says.
 
-        A failure counts against `remote` as that of any token.
+        A failure counts against `remote` as in `check`.
         """
         if ticket is None or (ticket.user_id, ticket.device_id) != (payload.user_id, payload.device_id):
             self._count_failure(remote, now)
             return Refused(AuthErrorCode.INVALID_TOKEN)
         if ticket.expires_ms <= wall_ms:
-            self._count_failure(remote, now)
             return Refused(AuthErrorCode.EXPIRED_TOKEN)
         expires_at = now + (ticket.expires_ms - wall_ms) / 1000
         return Admitted(ticket.user_id, ticket.device_id, expires_at, ticket.issued_ms)
@@ -152,16 +152,17 @@ class Admission:
 
     def _blocked_for(self, remote: str, now: float) -> float:
         """Seconds until this address may try again."""
-        since, count = self._failures.get(remote, (now, 0))
+        since, count = self._failures.get(counted_address(remote), (now, 0))
         if count < self._failures_per_minute:
             return 0.0
         return max(0.0, since + _WINDOW_SECONDS - now)
 
     def _count_failure(self, remote: str, now: float) -> None:
-        since, count = self._failures.pop(remote, (now, 0))
+        address = counted_address(remote)
+        since, count = self._failures.pop(address, (now, 0))
         if now - since >= _WINDOW_SECONDS:
             since, count = now, 0
-        self._failures[remote] = (since, count + 1)
+        self._failures[address] = (since, count + 1)
         if len(self._failures) > _ADDRESSES:
             self._failures.popitem(last=False)
 

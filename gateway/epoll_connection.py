@@ -184,7 +184,13 @@ class Connection:
         server = self._server
         length = upgrade.head_length(head)
         if length:
-            decision = upgrade.answer(bytes(head[:length]), server.host, server.limits)
+            try:
+                address = self._socket.getpeername()
+            except OSError:
+                self.lose()
+                return
+            peer = address[0] if address else ""
+            decision = upgrade.answer(bytes(head[:length]), peer, server.host, server.limits, now)
         elif (refusal := upgrade.hopeless(head, server.limits)) is not None:
             decision = refusal
         else:
@@ -195,16 +201,11 @@ class Connection:
             server.handshakes_refused += decision.refused
             self._finish(decision.response)
             return
-        try:
-            address = self._socket.getpeername()
-        except OSError:
-            self.lose()
-            return
         self._codec = decision.codec
         self._opening = 0x82 if decision.codec.binary else 0x81
         self._stage = Stage.OPEN
         self._write(decision.response)
-        self._link = server.host.connected(self, decision.codec, address[0] if address else "", now)
+        self._link = server.host.connected(self, decision.codec, decision.remote, now)
         if len(head) > length:
             self._consume(bytes(head[length:]), now)
 

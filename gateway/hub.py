@@ -32,6 +32,7 @@ from protocol.session import Session
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
 
+    from gateway.arrivals import Arrivals
     from gateway.broker import Broker
     from protocol.commands import Command
 
@@ -61,6 +62,8 @@ class Counts(msgspec.Struct):
     replaced: int = 0
     migrated: int = 0
     """Clients let in by the session token of a `migration` frame."""
+    turned_away: int = 0
+    """WebSockets refused because their address opens too many."""
     signals: int = 0
     """Things said on the channels of users who are here."""
     isolated_errors: int = 0
@@ -77,6 +80,7 @@ class Hub:
         admission: Admission,
         limits: Limits,
         devices_per_user: int,
+        arrivals: Arrivals,
         *,
         clock: Callable[[], float],
         wall_ms: Callable[[], int],
@@ -103,6 +107,7 @@ class Hub:
         self._admission = admission
         self._limits = limits
         self._devices_per_user = devices_per_user
+        self._arrivals = arrivals
         self._clock = clock
         self._numbers = count(1)
         self._connections: dict[int, Connection] = {}
@@ -112,6 +117,16 @@ class Hub:
         """Connections whose client has migrated, and when they end."""
 
     # --- Host --------------------------------------------------------------------------------------------------------
+
+    def let_in(self, remote: str, now: float) -> float:
+        """See `Host.let_in`."""
+        wait = self._arrivals.enter(remote, now)
+        self.counts.turned_away += wait > 0.0
+        return wait
+
+    def gave_up(self, remote: str) -> None:
+        """See `Host.gave_up`."""
+        self._arrivals.leave(remote)
 
     def connected(self, transport: Transport, codec: FrameCodec, remote: str, now: float) -> Connection:
         """See `Host.connected`."""
@@ -143,6 +158,7 @@ class Hub:
         self._connections.pop(connection.session.connection, None)
         attachment = connection.attachment
         if attachment is None:
+            self._arrivals.leave(connection.remote)
             return
         for record in connection.session.leave_typing():
             self.broker.signal(record)
@@ -240,6 +256,7 @@ class Hub:
         session = connection.session
         attachment = Attachment(session.user_id, session.device_id, session.connection, self.wall_ms())
         connection.attachment = attachment
+        self._arrivals.leave(connection.remote)
         before = self.users.get(session.user_id, ())
         self.users[session.user_id] = (*before, connection)
         self.broker.attach(attachment)

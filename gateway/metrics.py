@@ -78,6 +78,7 @@ class GatewayCollector(Collector):
         yield "catch_ups", "live frames dropped for a connection that was behind", counts.catch_ups
         yield "pages", "backlog pages from the workers", counts.pages
         yield "repairs", "lost pushes the sweep found", counts.repairs
+        yield "turned_away", "WebSockets refused because their address opens too many", counts.turned_away
         yield "replaced", "connections ended by a newer one of the same device", counts.replaced
         yield "migrated", "clients let in by the session token of a migration frame", counts.migrated
         yield "receipts_unknown", "receipts for ids that are none of ours", receipts.unknown_ids

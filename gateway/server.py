@@ -16,6 +16,7 @@ import structlog
 import trio
 
 from gateway.admission import Admission, PublicKeys
+from gateway.arrivals import Arrivals
 from gateway.broker import RedisBroker
 from gateway.hub import Hub
 from gateway.metrics import GatewayCollector, Page, Pages
@@ -104,6 +105,7 @@ class Gateway:
             Admission(PublicKeys(settings.jwt_public_key), settings.auth_failures_per_minute),
             settings.limits,
             settings.devices_per_user,
+            Arrivals(settings.connections_per_second, settings.unauthenticated_connections),
             clock=trio.current_time,
             wall_ms=wall_ms,
             pages=self._answer_page,

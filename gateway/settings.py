@@ -6,19 +6,21 @@ line that names it, before anything starts. No value is ever repeated in an erro
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
 
 from gateway.admission import PublicKeys
+from gateway.arrivals import TrustedProxies
 from gateway.transport import WEBSOCKET_PATH, TransportLimits
 from gateway.wire import Address
 from protocol import dev_keys, keys
 from protocol.limits import Limits
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 PREFIX: Final = "TRIREME_"
 DEV: Final = "dev"
@@ -27,11 +29,15 @@ _DEV_DEFAULTS: Final = {
     "jwt_public_key": dev_keys.PUBLIC_JWK,
 }
 """Where `bench services` listens, and the public half of the dev key pair. No other environment has them."""
-_DERIVED: Final = frozenset(("origins", "max_message_bytes"))
+_DERIVED: Final = frozenset(("origins", "proxies", "max_message_bytes"))
 """Transport limits that other settings decide."""
+
+_ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s,]+")
+"""RFC 6454 section 6.2, without `null`; apps have schemes of their own."""
 
 Port = Annotated[int, Meta(ge=1, le=65535)]
 Struct = TypeVar("Struct", bound=msgspec.Struct)
+Parsed = TypeVar("Parsed")
 
 
 class SettingError(Exception):
@@ -56,7 +62,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """From SIGTERM to the end of the process. honcho kills after 5 s; a service manager may allow 30 s."""
     devices_per_user: Annotated[int, Meta(ge=1, le=1000)] = 8
     auth_failures_per_minute: Annotated[int, Meta(ge=1)] = 10
-    """Bad tokens from one address; beyond it only tokens seen lately are let in."""
+    """Bad tokens from one address (IPv6: one /64); beyond it only tokens seen lately are let in."""
+    connections_per_second: Annotated[int, Meta(ge=1)] = 50
+    """New WebSockets from one address: a handshake and its opening cost 0.5 ms, so one client takes 3 % of a core."""
+    unauthenticated_connections: Annotated[int, Meta(ge=1)] = 200
+    """WebSockets of one address that have shown no good token yet; each may stay 10 s without."""
+    trusted_proxies: str = ""
+    """Addresses and networks, comma-separated, whose `X-Forwarded-For` is believed: the rightmost address that is not
+    among them is the client's. Behind a balancer that is not named here all clients count as one."""
     redis_deadline_seconds: Annotated[float, Meta(ge=0.5, le=60)] = 2.0
     """The longest a client waits to hear that its message could not be handed over (reliability.md, F-R4)."""
     redis_outstanding: Annotated[int, Meta(ge=100, le=1_000_000)] = 20_000
@@ -68,8 +81,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ingest_high_water: Annotated[int, Meta(ge=1)] = 20_000
     """Entries of one shard no worker has settled: about 10 MB, some seconds of work; past it clients are told
     `overloaded`."""
-    origins: str = ""
-    """Comma-separated values of `Origin` that may connect; empty: any. Clients that are no browsers send none."""
+    allowed_origins: str = ""
+    """Comma-separated values of `Origin` that may connect, compared exactly; empty: any. Clients that are no browsers
+    send none. A token is in the first frame and never in a cookie, so no page can use somebody else's."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     limits: Limits
     transport_limits: TransportLimits
@@ -100,9 +114,11 @@ def load_settings(environ: Mapping[str, str]) -> Settings:
         elif field.required:
             raise SettingError(f"{variable} is not set")
     limits = _load_limits(environ, Limits)
-    origins = frozenset(origin.strip() for origin in values.get("origins", "").split(",") if origin.strip())
     transport_limits = msgspec.structs.replace(
-        _load_limits(environ, TransportLimits), max_message_bytes=limits.max_frame_bytes, origins=origins or None
+        _load_limits(environ, TransportLimits),
+        max_message_bytes=limits.max_frame_bytes,
+        origins=_check(f"{PREFIX}ALLOWED_ORIGINS", _parse_origins, values.get("allowed_origins", "")),
+        proxies=_check(f"{PREFIX}TRUSTED_PROXIES", TrustedProxies, values.get("trusted_proxies", "")),
     )
     _check(f"{PREFIX}REDIS_URL", Address.parse, values["redis_url"])
     _check(f"{PREFIX}JWT_PUBLIC_KEY", PublicKeys, values["jwt_public_key"])
@@ -127,8 +143,16 @@ def _convert(variable: str, text: str, kind: Any) -> Any:
         raise SettingError(f"{variable} is malformed: {error}") from None
 
 
-def _check(variable: str, parse: Any, text: str) -> None:
+def _parse_origins(text: str) -> frozenset[str] | None:
+    """None for none. Raises ValueError for what no page of ours can have: `null` is every sandboxed page's."""
+    origins = frozenset(origin.strip() for origin in text.split(",") if origin.strip())
+    if not all(_ORIGIN.fullmatch(origin) for origin in origins):
+        raise ValueError("an origin is a scheme, a host and a port where it is not the scheme's own")
+    return origins or None
+
+
+def _check(variable: str, parse: Callable[[str], Parsed], text: str) -> Parsed:
     try:
-        parse(text)
+        return parse(text)
     except ValueError as error:
         raise SettingError(f"{variable} is malformed: {error}") from None

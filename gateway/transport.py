@@ -14,6 +14,7 @@ import msgspec
 import structlog
 import trio
 
+from gateway.arrivals import TrustedProxies
 from protocol.codec import MAX_FRAME_BYTES, FrameCodec, transcode_to_msgpack
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from protocol.errors import CloseCode
 
 WEBSOCKET_PATH: Final = "/v1/ws"
+
+NOBODY: Final = TrustedProxies("")
 
 _log = structlog.get_logger()
 
@@ -57,6 +60,8 @@ class TransportLimits(msgspec.Struct, frozen=True, kw_only=True):
     accept_burst: int = 64
     origins: frozenset[str] | None = None
     """Values of `Origin` that may connect; None: any. A client that sends none (no browser) is always welcome."""
+    proxies: TrustedProxies = NOBODY
+    """Whose `X-Forwarded-For` is believed."""
 
 
 class Outgoing:
@@ -155,6 +160,12 @@ class HttpAnswer(Protocol):
 
 class Host(Protocol):
     """The hub as a transport sees it."""
+
+    def let_in(self, remote: str, now: float) -> float:
+        """One more WebSocket of this address: 0.0, then `connected` or `gave_up` follows; or the seconds to wait."""
+
+    def gave_up(self, remote: str) -> None:
+        """The peer was let in and has gone before its handshake was over."""
 
     def connected(self, transport: Transport, codec: FrameCodec, remote: str, now: float) -> Link:
         """A WebSocket handshake succeeded."""

@@ -229,7 +229,8 @@ class _Connection:
         self._pinging = False
         self._guard: _GuardedStream | None = None
         self._link: Link | None = None
-        self._remote = ""
+        self._remote: str | None = None
+        """Whom it comes from; not None from when the host lets it in."""
         self._codec: FrameCodec
         self._websocket: trio_websocket.WebSocketConnection
         self._nursery: trio.Nursery
@@ -250,12 +251,14 @@ class _Connection:
         link, self._link = self._link, None
         if link is not None:
             link.lost()
+        elif self._remote is not None:
+            self._server.host.gave_up(self._remote)
         elif self._guard is None:
             self._server.handshakes_refused += 1
 
     async def _shake(self) -> None:
         try:
-            self._remote = str(self._stream.socket.getpeername()[0])
+            peer = str(self._stream.socket.getpeername()[0])
         except OSError:
             return
         received = bytearray()
@@ -272,7 +275,8 @@ class _Connection:
             received += data
             length = upgrade.head_length(received)
             if length:
-                decision = upgrade.answer(bytes(received[:length]), self._server.host, self._limits)
+                head = bytes(received[:length])
+                decision = upgrade.answer(head, peer, self._server.host, self._limits, trio.current_time())
             else:
                 decision = upgrade.hopeless(received, self._limits)
         if isinstance(decision, upgrade.Answered):
@@ -280,6 +284,7 @@ class _Connection:
             self._guard = _GuardedStream(self, self._stream, b"", b"")
             await self._guard.answer(decision.response)
             return
+        self._remote = decision.remote
         early = received[length:]
         early = early[: self.inspect(early)]
         self._guard = _GuardedStream(self, self._stream, bytes(received[:length]), bytes(early))
@@ -328,7 +333,7 @@ class _Connection:
         """Messages to the link, until the WebSocket is over."""
         try:
             now = trio.current_time()
-            self._link = link = self._server.host.connected(self, self._codec, self._remote, now)
+            self._link = link = self._server.host.connected(self, self._codec, self._remote or "", now)
             while True:
                 message = await self._websocket.get_message()
                 if isinstance(message, str) is self._codec.binary:

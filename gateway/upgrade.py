@@ -2,15 +2,17 @@
 
 Both transports collect the head of a request (`head_length`) and ask `answer` about it. Sans-IO: bytes in, a decision
 out. HTTP and WebSocket syntax belong to the `websockets` library; this module adds the rules of the house (one path,
-no token in the URL, no cookie without an origin). No request has a body and none is followed by a second one.
+no token in the URL, no cookie without an origin, so many connections per address). No request has a body and none is
+followed by a second one.
 """
 
 from __future__ import annotations
 
-import logging
+import math
 import re
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
+from urllib.parse import unquote
 
 import msgspec
 from websockets.datastructures import Headers
@@ -19,20 +21,21 @@ from websockets.server import ServerProtocol
 from websockets.typing import Subprotocol
 
 from gateway.transport import WEBSOCKET_PATH, Host, TransportLimits
+from gateway.websocket import LIBRARY_LOG
 from protocol.codec import FRAME_CODECS, JSON, FrameCodec
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_LOGGER: Final = logging.getLogger("gateway.websocket")
 _END_OF_HEAD: Final = re.compile(rb"\n\r?\n")
 
 
 class Upgraded(msgspec.Struct, frozen=True):
-    """A WebSocket: write `response`, then frames of `codec` follow."""
+    """A WebSocket: write `response`, then frames of `codec` follow. `remote`: whom it comes from; `host` let it in."""
 
     response: bytes
     codec: FrameCodec
+    remote: str
 
 
 class Answered(msgspec.Struct, frozen=True):
@@ -61,15 +64,15 @@ def hopeless(received: bytes | bytearray, limits: TransportLimits) -> Answered |
     return None
 
 
-def answer(head: bytes, host: Host, limits: TransportLimits) -> Upgraded | Answered:
-    """What to do about one complete request head."""
+def answer(head: bytes, peer: str, host: Host, limits: TransportLimits, now: float) -> Upgraded | Answered:
+    """What to do about one complete request head that came from the address `peer`."""
     if len(head) > limits.max_head_bytes:
         return _refusal(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "request head too large")
     library = ServerProtocol(
         extensions=None,
         subprotocols=[Subprotocol(name) for name in FRAME_CODECS],
         select_subprotocol=_select_subprotocol,
-        logger=_LOGGER,
+        logger=LIBRARY_LOG,
     )
     library.receive_data(head)
     requests = library.events_received()
@@ -86,8 +89,12 @@ def answer(head: bytes, host: Host, limits: TransportLimits) -> Upgraded | Answe
     response = library.accept(request)
     if response.status_code != HTTPStatus.SWITCHING_PROTOCOLS:
         return Answered(response.serialize(), True)
+    remote = limits.proxies.remote(peer, request.headers.get_all("X-Forwarded-For"))
+    wait = host.let_in(remote, now)
+    if wait > 0.0:
+        return _refusal(HTTPStatus.TOO_MANY_REQUESTS, "too many connections", ("Retry-After", str(math.ceil(wait))))
     codec = FRAME_CODECS[library.subprotocol] if library.subprotocol else JSON
-    return Upgraded(response.serialize(), codec)
+    return Upgraded(response.serialize(), codec, remote)
 
 
 def _refuse_request(request: Request, path: str, query: str, limits: TransportLimits) -> Answered | None:
@@ -100,7 +107,7 @@ def _refuse_request(request: Request, path: str, query: str, limits: TransportLi
         return _refusal(HTTPStatus.METHOD_NOT_ALLOWED, "GET only", ("Allow", "GET"))
     if path != WEBSOCKET_PATH:
         return None
-    if "token" in query.lower():
+    if "token" in unquote(query).lower():
         # URLs end up in the logs of proxies; a token belongs into the first frame.
         return _refusal(HTTPStatus.BAD_REQUEST, "token_in_url")
     origins = headers.get_all("Origin")

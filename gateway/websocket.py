@@ -18,7 +18,8 @@ from websockets.protocol import Protocol, Side, State
 
 from protocol.errors import CloseCode
 
-_LOGGER: Final = logging.getLogger("gateway.websocket")
+LIBRARY_LOG: Final = logging.Logger("gateway.websocket", logging.WARNING)  # noqa: LOG001 -- out of the reach of any configuration
+"""What the library may write. At DEBUG it would write down every URL and frame, and so tokens (W-16) and bodies."""
 _NEW_UTF8_CHECK: Final = codecs.getincrementaldecoder("utf-8")
 
 PING_FRAME: Final = b"\x89\x00"
@@ -112,7 +113,7 @@ class FrameReader:
         # `frame_length` has judged every size before the library sees a frame; the library would count a ping inside a
         # fragmented message against the message's limit, hence the extra room.
         room = max_message_bytes + MAX_CONTROL_BYTES
-        self._library = _Library(Side.SERVER, state=State.OPEN, max_size=room, logger=_LOGGER)
+        self._library = _Library(Side.SERVER, state=State.OPEN, max_size=room, logger=LIBRARY_LOG)
         self._message: bytearray | None = None
         """What has come of a fragmented message."""
         self._fragments = 0

@@ -5,6 +5,7 @@ Called by `session.py`; the gateway fills `Limits` from its settings. Time comes
 
 from __future__ import annotations
 
+from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Final
 
 import msgspec
@@ -13,6 +14,8 @@ from protocol.codec import MAX_CONTENT_BYTES, MAX_FRAME_BYTES
 from protocol.errors import ErrorCode
 from protocol.models import MessagePayload, MessageType
 
+_HOUSEHOLD: Final = 64
+"""Bits of an IPv6 address that a household gets; whoever has one has 2^64 addresses."""
 _MEDIA: Final = frozenset((MessageType.IMAGE, MessageType.VIDEO, MessageType.AUDIO, MessageType.DOCUMENT))
 
 
@@ -75,6 +78,20 @@ class TokenBucket:
             return 0.0
         self._level = level
         return (1.0 - level) / self._rate
+
+
+def counted_address(remote: str) -> str:
+    """Whom to count where something is limited per network address: of IPv6 the network's part. The same for both
+    doors; what is no address counts as it is."""
+    try:
+        address = ip_address(remote)
+    except ValueError:
+        return remote
+    if isinstance(address, IPv6Address):
+        if address.ipv4_mapped is not None:
+            return str(address.ipv4_mapped)
+        return str(ip_network((int(address), _HOUSEHOLD), strict=False))
+    return str(address)
 
 
 def check_content(content: str, limit: int) -> tuple[ErrorCode, str] | None:

@@ -12,6 +12,7 @@ from joserfc.errors import SecurityWarning
 from joserfc.jwk import OKPKey
 
 from gateway.admission import Admission, PublicKeys
+from gateway.arrivals import Arrivals
 from gateway.hub import Hub
 from protocol import codec, dev_keys, records
 from protocol.limits import Limits
@@ -136,7 +137,9 @@ class FakeBroker:
 class House:
     """A hub between its two fakes, at `now` seconds; clients come in by `open`."""
 
-    def __init__(self, limits: Limits | None = None, devices_per_user: int = 8) -> None:
+    def __init__(
+        self, limits: Limits | None = None, devices_per_user: int = 8, arrivals: Arrivals | None = None
+    ) -> None:
         self.now = 1000.0
         self.broker = FakeBroker()
         self.hub = Hub(
@@ -145,6 +148,7 @@ class House:
             Admission(PublicKeys(dev_keys.PUBLIC_JWK), 10),
             limits or Limits(),
             devices_per_user,
+            arrivals or Arrivals(1_000_000, 1_000_000),
             clock=lambda: self.now,
             wall_ms=lambda: int((WALL_SECONDS + self.now - 1000.0) * 1000),
             pages=lambda path: None,
@@ -154,6 +158,7 @@ class House:
         """A client that has not authenticated yet."""
         transport = FakeTransport()
         frame_codec = codec.MSGPACK if binary else codec.JSON
+        assert self.hub.let_in(remote, self.now) == 0.0
         return self.hub.connected(transport, frame_codec, remote, self.now), transport
 
     def send(self, connection: Connection, frame: dict[str, Any]) -> None:

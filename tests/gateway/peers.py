@@ -14,7 +14,8 @@ import msgspec
 import trio
 from websockets.speedups import apply_mask
 
-from gateway.transport import Outgoing, Transport, TransportLimits, TransportServer
+from gateway.arrivals import TrustedProxies
+from gateway.transport import NOBODY, Outgoing, Transport, TransportLimits, TransportServer
 
 if TYPE_CHECKING:
     from protocol.codec import FrameCodec
@@ -82,8 +83,21 @@ class RecordingHost:
     def __init__(self) -> None:
         self.links: list[RecordingLink] = []
         self.prepare: Callable[[RecordingLink], None] | None = None
+        self.wait = 0.0
+        """What `let_in` answers."""
+        self.arrived: list[str] = []
+        """Addresses that were let in and have neither connected nor given up."""
+
+    def let_in(self, remote: str, now: float) -> float:
+        if not self.wait:
+            self.arrived.append(remote)
+        return self.wait
+
+    def gave_up(self, remote: str) -> None:
+        self.arrived.remove(remote)
 
     def connected(self, transport: Transport, codec: FrameCodec, remote: str, now: float) -> RecordingLink:
+        self.arrived.remove(remote)
         link = RecordingLink(transport, codec, remote)
         self.links.append(link)
         if self.prepare is not None:
@@ -236,7 +250,9 @@ async def until(condition: Callable[[], bool]) -> None:
 async def open_gateway(new_server: NewServer, **limits: object) -> AsyncIterator[Gateway]:
     """Serve on a free port, swept ten times a second so that short deadlines can be tested."""
     host = RecordingHost()
-    server = new_server(host, msgspec.convert(limits, TransportLimits))
+    proxies = limits.pop("proxies", NOBODY)
+    assert isinstance(proxies, TrustedProxies)
+    server = new_server(host, msgspec.structs.replace(msgspec.convert(limits, TransportLimits), proxies=proxies))
 
     async def sweep() -> None:
         while True:

@@ -169,6 +169,27 @@ def test_a_token_that_was_good_a_moment_ago_passes_a_limited_address(admission: 
     assert isinstance(check(admission, auth_token, now=NOW + 1), Admitted)
 
 
+def test_old_tokens_of_an_office_do_not_lock_its_address_out(admission: Admission) -> None:
+    """A hundred phones that slept over the week-end come back behind one address: nobody guesses there."""
+    for number in range(100):
+        old = token(f"usr_{number}", exp=WALL_SECONDS - 3600)
+        assert refused(check(admission, old, user_id=f"usr_{number}")) is AuthErrorCode.EXPIRED_TOKEN
+    assert isinstance(check(admission, token()), Admitted)
+
+
+def test_a_token_of_somebody_elses_is_still_a_failure(admission: Admission) -> None:
+    for _ in range(10):
+        assert refused(check(admission, token("usr_b"))) is AuthErrorCode.USER_MISMATCH
+    assert refused(check(admission, token())) is AuthErrorCode.RATE_LIMITED
+
+
+def test_another_address_of_the_same_household_is_limited_too(admission: Admission) -> None:
+    for number in range(10):
+        check(admission, "x", remote=f"2001:db8::{number:x}")
+    assert refused(check(admission, token(), remote="2001:db8::ffff")) is AuthErrorCode.RATE_LIMITED
+    assert isinstance(check(admission, token(), remote="2001:db8:0:1::1"), Admitted)
+
+
 def test_failures_are_forgotten_after_a_minute(admission: Admission) -> None:
     for number in range(40):
         assert refused(check(admission, "x", now=NOW + number * 7)) is AuthErrorCode.INVALID_TOKEN

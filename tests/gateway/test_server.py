@@ -23,6 +23,7 @@ from gateway.settings import load_settings
 from gateway.wire import Address, Wire
 from protocol import codec, keys, records
 from tests.gateway.fakes import eventually, message, token
+from tests.gateway.peers import Peer, request_head
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -42,6 +43,7 @@ class Running:
         self.redis = redis
         self.stopping = stopping
         self.ended = trio.Event()
+        self.streams: list[trio.SocketStream] = []
         self._query_position: bytes = b"0"
 
     async def next_query(self, kind: type[Any]) -> Any:
@@ -213,6 +215,49 @@ async def test_forged_and_expired_tokens_are_turned_away(running: Running) -> No
             assert await receive(websocket) == {"type": "auth_error", "error": error}
             assert await close_code(websocket) == 4401
     assert not await running.redis.call("EXISTS", keys.QUERY)
+
+
+async def upgrade_status(running: Running, client: str) -> int:
+    """What the upgrade of a client behind the balancer on this machine is answered; the connection stays open."""
+    peer = Peer(await trio.open_tcp_stream("127.0.0.1", running.port))
+    await peer.send(request_head(X_Forwarded_For=client))
+    running.streams.append(peer.stream)
+    return int((await peer.head()).split()[1])
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_w17_one_client_behind_a_balancer_shuts_out_nobody_but_itself(
+    transport: str, address: Address, nursery: trio.Nursery
+) -> None:
+    running = await start(
+        nursery, address, address, TRIREME_GATEWAY_TRANSPORT=transport, TRIREME_TRUSTED_PROXIES="127.0.0.1"
+    )
+    began = trio.current_time()
+    statuses = [await upgrade_status(running, "203.0.113.9") for _ in range(50)]
+    assert statuses == [101] * 50
+    assert trio.current_time() - began < 1.0, "too slow a machine to tell"
+    assert await upgrade_status(running, "203.0.113.9") == 429
+    assert await upgrade_status(running, "198.51.100.7") == 101
+    assert (await running.http("/health/live")).status_code == 200
+    assert "gateway_turned_away_total 1.0" in (await running.http("/metrics")).text
+    for stream in running.streams:
+        await stream.aclose()
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_w17_the_201st_connection_without_a_token_has_to_wait(
+    transport: str, address: Address, nursery: trio.Nursery
+) -> None:
+    running = await start(
+        nursery, address, address, TRIREME_GATEWAY_TRANSPORT=transport, TRIREME_CONNECTIONS_PER_SECOND="1000"
+    )
+    assert [await upgrade_status(running, "ignored") for _ in range(200)] == [101] * 200
+    assert await upgrade_status(running, "ignored") == 429
+    await running.streams[0].aclose()
+    await eventually(lambda: running.gateway.hub.load == 199)
+    assert await upgrade_status(running, "ignored") == 101
+    for stream in running.streams:
+        await stream.aclose()
 
 
 async def test_health_and_metrics_are_served_on_the_same_port(running: Running) -> None:

@@ -30,7 +30,7 @@ def test_every_limit_of_a_session_and_of_a_transport_is_a_variable() -> None:
             "TRIREME_OUTBOX_FRAMES": "9",
             "TRIREME_MAX_FRAME_BYTES": "1024",
             "TRIREME_GATEWAY_ENDPOINT": "wss://chat.example.org/v1/ws",
-            "TRIREME_ORIGINS": "https://a.example, https://b.example",
+            "TRIREME_ALLOWED_ORIGINS": "https://a.example, https://b.example",
         }
     )
     assert (settings.limits.message_rate, settings.limits.window) == (1000.5, 7)
@@ -70,6 +70,10 @@ def test_outside_dev_nothing_secret_has_a_default(name: str) -> None:
         ("TRIREME_JWT_PUBLIC_KEY", '{"kty":"oct","k":"aHVudGVyMg"}'),
         ("TRIREME_JWT_PUBLIC_KEY", '{"keys":[]}'),
         ("TRIREME_LOG_LEVEL", "loud"),
+        ("TRIREME_ALLOWED_ORIGINS", "https://a.example, null"),
+        ("TRIREME_ALLOWED_ORIGINS", "https://a.example/"),
+        ("TRIREME_TRUSTED_PROXIES", "10.0.0.1/8"),
+        ("TRIREME_TRUSTED_PROXIES", "hunter2"),
     ],
 )
 def test_a_malformed_variable_is_one_line_that_names_it_and_keeps_its_value_secret(name: str, value: str) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from typing import TYPE_CHECKING
 
 import pytest
 import trio
 import trio_websocket
 
+from gateway.arrivals import TrustedProxies
 from tests.gateway.peers import TEXT, frame, open_gateway, request_head, until
 
 if TYPE_CHECKING:
@@ -54,6 +56,7 @@ REQUESTS = {
     "two origins": (request_head(Origin="https://app.example.com\r\nOrigin: https://evil.example"), 403),
     "our origin": (request_head(Origin="https://app.example.com", Cookie="a=b"), 101),
     "no origin": (request_head(), 101),
+    "a token in the URL, disguised": (request_head("/v1/ws?%74oken=secret"), 400),
     "an unused query": (request_head("/v1/ws?client=3"), 101),
     "lower case": (request_head(Upgrade="WEBSOCKET", Connection="keep-alive, upgrade"), 101),
 }
@@ -77,6 +80,76 @@ async def test_each_request_gets_its_answer(new_server: NewServer, name: str) ->
             assert gateway.server.handshakes_refused == (status != 200)
         if status == 426 and "version" in name:
             assert b"sec-websocket-version: 13" in head.lower()
+
+
+async def test_w16_a_token_in_the_url_is_named_as_the_reason_and_written_nowhere(
+    new_server: NewServer, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with caplog.at_level(logging.DEBUG):
+        async with open_gateway(new_server, close_seconds=0.3) as gateway:
+            peer = await gateway.open_raw()
+            await peer.send(request_head("/v1/ws?session_token=eyJsecret"))
+            head = await peer.head()
+            assert head.startswith(b"HTTP/1.1 400 ")
+            body = bytes(peer.buffer) or await peer.stream.receive_some(1000)
+            assert body == b"token_in_url\n"
+    assert "eyJsecret" not in caplog.text
+    assert "eyJsecret" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("proxies", "forwarded", "remote"),
+    [
+        ("", "203.0.113.9", "127.0.0.1"),
+        ("10.0.0.1", "203.0.113.9", "127.0.0.1"),
+        ("127.0.0.1", "203.0.113.9", "203.0.113.9"),
+        ("127.0.0.0/8", "198.51.100.7, 203.0.113.9", "203.0.113.9"),
+        ("127.0.0.0/8, 10.0.0.0/8", "198.51.100.7, 203.0.113.9, 10.1.2.3", "203.0.113.9"),
+        ("127.0.0.1", "198.51.100.7\r\nX-Forwarded-For: 203.0.113.9:4711", "203.0.113.9"),
+        ("127.0.0.1", "[2001:db8::9]:4711", "2001:db8::9"),
+        ("127.0.0.1", "203.0.113.9, unknown", "127.0.0.1"),
+        ("127.0.0.1, 10.0.0.0/8", "203.0.113.9, unknown, 10.1.2.3", "10.1.2.3"),
+        ("127.0.0.1, 10.0.0.0/8", "10.1.1.1, 10.2.2.2", "10.1.1.1"),
+        ("*", "198.51.100.7, 203.0.113.9", "198.51.100.7"),
+    ],
+)
+async def test_w15_whom_a_request_comes_from_is_said_by_trusted_proxies_only(
+    new_server: NewServer, proxies: str, forwarded: str, remote: str
+) -> None:
+    async with open_gateway(new_server, proxies=TrustedProxies(proxies)) as gateway:
+        peer = await gateway.open_raw()
+        await peer.send(request_head(X_Forwarded_For=forwarded))
+        assert (await peer.head()).startswith(b"HTTP/1.1 101 ")
+        await until(lambda: len(gateway.host.links) == 1)
+        assert gateway.host.links[0].remote == remote
+
+
+async def test_an_address_that_opens_too_many_is_told_when_to_come_again(new_server: NewServer) -> None:
+    async with open_gateway(new_server, close_seconds=0.3) as gateway:
+        gateway.host.wait = 0.4
+        peer = await gateway.open_raw()
+        await peer.send(request_head())
+        head = await peer.head()
+        assert head.startswith(b"HTTP/1.1 429 ")
+        assert b"\r\nRetry-After: 1\r\n" in head
+        assert await peer.ended()
+        health = await gateway.open_raw()
+        await health.send(_raw("GET /health/live HTTP/1.1", "Host: a"))
+        assert (await health.head()).startswith(b"HTTP/1.1 200 ")
+        assert gateway.server.handshakes_refused == 1
+        assert gateway.host.links == []
+
+
+async def test_whoever_was_let_in_is_counted_out_however_it_ends(new_server: NewServer) -> None:
+    async with open_gateway(new_server, close_seconds=0.3) as gateway:
+        for number in range(20):
+            peer = await gateway.open_raw()
+            await peer.send(request_head())
+            if number % 2:
+                await peer.head()
+            peer.reset()
+        await until(lambda: gateway.server.accepted == 20 and gateway.server.connections == 0)
+        assert gateway.host.arrived == []
 
 
 async def test_any_origin_may_connect_where_none_is_configured(new_server: NewServer) -> None:
