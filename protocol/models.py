@@ -249,6 +249,8 @@ class MessageDocument(StoredMessage, kw_only=True, frozen=True, gc=False):
     """The last entry whose effect this message shows; none before it is applied again."""
     erase_at: datetime | UnsetType = UNSET
     """When the content is to be erased; gone once it is."""
+    request_hash: bytes | UnsetType = UNSET
+    """Of an entry that a command became: hash of what was asked for."""
 
 
 class IdempotencyKey(msgspec.Struct, kw_only=True, frozen=True):

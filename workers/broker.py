@@ -184,15 +184,23 @@ class Broker:
         return _entries(reply)
 
     async def publish_and_settle(
-        self, down: Mapping[str, list[records.DownItem]], settlements: Sequence[Settlement]
+        self,
+        down: Mapping[str, list[records.DownItem]],
+        settlements: Sequence[Settlement],
+        decided: Mapping[int, Sequence[bytes]],
     ) -> None:
         """Append one record per instance, then acknowledge and trim: publishing comes first on the same connection.
+
+        Only what is `decided` without a trace (shard → entry ids) is acknowledged before it is told, so that no later
+        owner decides it otherwise; an outcome that is lost so is asked for again.
 
         A publish that Redis refuses is not repeated here: acks are asked for again by clients, pushes repaired by the
         sweep.
         """
         with _passing_errors():
             async with self.client.pipeline(transaction=False) as pipe:
+                for shard, entry_ids in decided.items():
+                    pipe.execute_command("XACK", keys.ingest(shard), keys.INGEST_GROUP, *entry_ids)
                 for instance_id, items in down.items():
                     pipe.execute_command(*_down_command(instance_id, codec.encode_down(items)))
                 if settlements:

@@ -73,7 +73,7 @@ class Committer:
                         await self._store.messages.append(plan.documents)
                 await self._project(plan)
                 plan.outcomes += buried
-                self._remember(plan)
+                self._remember(batch, plan)
                 return plan
             except KeyTaken:
                 metrics.COMMIT_RETRIES.labels("key_taken").inc()
@@ -147,7 +147,7 @@ class Committer:
                 wanted[message_id] = Place(at.conversation_id, at.sequence_number, at.countable, at.replyable)
         return wanted
 
-    def _remember(self, plan: Plan) -> None:
+    def _remember(self, batch: Sequence[Entry], plan: Plan) -> None:
         """The plan is durable: keys and places are known, senders have read what they wrote."""
         for item, document in zip(plan.committed, plan.documents, strict=True):
             message = item.message
@@ -160,7 +160,7 @@ class Committer:
         for message_id in plan.deleted:
             if (place := self._recent_places.get(message_id)) is not None:
                 self._recent_places.put(message_id, place._replace(replyable=False))
-        self._planner.remember(plan)
+        self._planner.remember(batch, plan)
         if plan.documents:
             metrics.INGESTED.labels("committed").inc(len(plan.documents))
             metrics.BATCH_MESSAGES.observe(len(plan.documents))

@@ -32,7 +32,7 @@ from workers.store.messages import from_ms
 from workers.typists import Typists
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from datetime import datetime
 
     from workers.store import Store
@@ -245,11 +245,14 @@ class Lane:
             batch = self._next_batch()
             self._room.set()
             down: Down = defaultdict(list)
+            decided: dict[int, list[bytes]] = {}
             for plan in await self._commit(batch):
                 await self._deliver(plan, down)
+                for entry in plan.unwritten:
+                    decided.setdefault(entry.shard, []).append(entry.entry_id)
             for entry in batch:
                 self._done(entry.shard, entry.entry_id)
-            await self._publish_and_settle(down)
+            await self._publish_and_settle(down, decided)
             self._to_tell.set()
 
     def _next_batch(self) -> list[Entry]:
@@ -342,12 +345,12 @@ class Lane:
         before = self._heads.get(conversation_id)
         return None if before is None else before.active_at
 
-    async def _publish_and_settle(self, down: Down) -> None:
+    async def _publish_and_settle(self, down: Down, decided: Mapping[int, Sequence[bytes]]) -> None:
         settlements = [log_.settle(shard) for shard, log_ in self._logs.items() if log_.done]
         if not down and not settlements:
             return
         try:
-            await self._broker.publish_and_settle(down, settlements)
+            await self._broker.publish_and_settle(down, settlements, decided)
         except BrokerUnavailable as error:
             # Senders ask again, the sweep repairs pushes, and entries stay pending until their ids come round again.
             log.warning("publish_failed", instances=len(down), error=str(error)[:200])
@@ -396,7 +399,7 @@ class Lane:
             raise
         for shard, entry_id in entries:
             self._done(shard, entry_id)
-        await self._publish_and_settle(down)
+        await self._publish_and_settle(down, {})
         delivered, self._receipts.delivered_ids = self._receipts.delivered_ids, {}
         if delivered:
             await self._broker.drop_from_inbox(delivered)

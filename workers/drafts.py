@@ -37,6 +37,8 @@ class Draft(NamedTuple):
     target_id: str = ""
     hidden_for: str = ""
     hidden_by: frozenset[str] = frozenset()
+    request_hash: bytes = b""
+    """Of a command: what was asked for, where the entry says what came of it."""
 
 
 def place(draft: Draft, message_id: str, owned: Owned) -> StoredMessage:
@@ -88,6 +90,8 @@ def document(message: StoredMessage, draft: Draft, owned: Owned) -> dict[str, An
         stored["expires_at"] = stored["erase_at"] = message.expires_at
     if draft.keeps_hash:
         stored["content_hash"] = message.content_hash
+    if draft.request_hash:
+        stored["request_hash"] = draft.request_hash
     if draft.target_id:
         stored["target_message_id"] = draft.target_id
     if draft.hidden_for:

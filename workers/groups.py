@@ -8,11 +8,12 @@ Commands travel the same stream as messages, so membership and messages are tota
 from __future__ import annotations
 
 import unicodedata
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Final, NamedTuple, assert_never
 
 import msgspec
 
-from protocol import records
+from protocol import codec, records
 from protocol.errors import ErrorCode
 from protocol.models import (
     GROUP_LIMIT,
@@ -130,6 +131,12 @@ def created_event(record: records.CreateConversation) -> SystemEvent:
         targets=list(dict.fromkeys(record.participants)),
         title=record.title or msgspec.UNSET,
     )
+
+
+def request_hash(record: records.GroupCommand) -> bytes:
+    """BLAKE2b-128 of what a command asks for, whoever waits for its answer: one key asks for one thing."""
+    asked = codec.encode_record(msgspec.structs.replace(record, instance="", request=""))
+    return blake2b(asked, digest_size=16).digest()
 
 
 Command = records.AddParticipants | records.RemoveParticipant | records.ChangeConversation

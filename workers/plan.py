@@ -27,6 +27,7 @@ from protocol.models import (
 )
 from protocol.watermarks import chain_digest, content_hash, message_status
 from workers import changes, drafts, groups, metrics, notices
+from workers.addressing import check_addressing
 from workers.conversations import Conversations, Owned
 from workers.delivery import Committed
 from workers.drafts import Draft
@@ -127,6 +128,10 @@ class Plan:
         worker.
         """
         self.outcomes: list[tuple[str, records.DownItem]] = []
+        self.unwritten: list[Entry] = []
+        """Entries without a document: refused, or asking for what is so. Nothing would tell the next owner how they
+        were decided, so they are acknowledged before anybody hears of it, and decided once."""
+        self.has_unwritten = False
         self.projections: dict[str, tuple[Owned, Projection]] = {}
         self.found: dict[str, bool] = {}
         """Conversations of entries that had their place already → is one of them no change of a message? Nobody may
@@ -202,11 +207,13 @@ class Planner:
         """Is this entry's key remembered, so that nobody has to be asked whether it is a repeat?"""
         return entry.key in self._recent_keys or entry.key in self._older_keys
 
-    def remember(self, plan: Plan) -> None:
+    def remember(self, batch: Sequence[Entry], plan: Plan) -> None:
         """The plan is durable: its keys answer their own repeats."""
         self._recent_keys.update(plan.known)
         if len(self._recent_keys) >= RECENT_KEYS:
             self._older_keys, self._recent_keys = self._recent_keys, {}
+        if plan.has_unwritten:
+            plan.unwritten = [entry for entry in batch if not self.knows(entry)]
 
     def _known(self, key: Key, plan: Plan) -> Known | None:
         return plan.known.get(key) or self._recent_keys.get(key) or self._older_keys.get(key)
@@ -230,8 +237,8 @@ class Planner:
         member = owned.members.get(record.sender_id)
         refusal: groups.Refused | None = _NO_CONVERSATION
         if member is not None:
-            refusal = groups.check_speech(owned, member, now_ms) or _check_addressing(
-                record, owned, member.join_seq, replies, plan
+            refusal = groups.check_speech(owned, member, now_ms) or check_addressing(
+                record, owned, member.join_seq, replies, plan.deleted
             )
         if refusal is not None:
             plan.doubts.append(Doubt(entry, record, refusal, len(plan.outcomes)))
@@ -334,6 +341,7 @@ class Planner:
 
     @staticmethod
     def _reject(record: Asked, plan: Plan, why: groups.Refused) -> None:
+        plan.has_unwritten = True
         metrics.INGESTED.labels("rejected").inc()
         plan.outcomes.append(refused(record, why.code, why.message))
 
@@ -349,7 +357,7 @@ class Planner:
         known = self._known(entry.key, plan)
         if known is not None:
             content = codec.encode_value(changes.event_of(record)).decode()
-            fingerprint = hash((content_hash(content), MessageType.SYSTEM.value, None, None))
+            fingerprint = _event_fingerprint(content_hash(content))
             self._plan_duplicate(entry, record, owned, known, plan, fingerprint)
             return
         target = targets.get(record.message_id)
@@ -359,6 +367,7 @@ class Planner:
                 self._reject(record, plan, verdict)
             case groups.NoChange():
                 assert target is not None
+                plan.has_unwritten = True
                 place = Known(target.message_id, target.sequence_number, target.created_ms, 0)
                 self._acknowledge(record, place, _status(owned, record.sender_id, place.sequence_number), plan)
             case groups.Change(event):
@@ -416,7 +425,7 @@ class Planner:
         _, projection = plan.projections.setdefault(owned.conversation_id, (owned, Projection()))
         folded = owned.fold_event(event, owned.last, hiding)
         projection.add(event, folded, owned.last)
-        fingerprint = hash((draft.hashed, MessageType.SYSTEM.value, None, None))
+        fingerprint = _event_fingerprint(draft.request_hash or draft.hashed)
         plan.known[entry.key] = Known(entry.message_id, owned.last, owned.created_ms, fingerprint)
         return message, folded
 
@@ -440,6 +449,9 @@ class Planner:
         owned = self._conversations.get(record.conversation_id)
         known = self._known(entry.key, plan)
         if known is not None and owned is not None:
+            if known.fingerprint != _event_fingerprint(groups.request_hash(record)):
+                self._refuse(record, plan, _OTHER_PAYLOAD)
+                return
             # Loading has folded its event already; who waits is told that it is so.
             plan.note_found(owned, is_activity=True)
             self._answer(record, plan, owned)
@@ -456,6 +468,7 @@ class Planner:
                     case groups.Refused():
                         self._refuse(record, plan, verdict)
                     case groups.NoChange():
+                        plan.has_unwritten = True
                         self._answer(record, plan, owned)
                     case groups.Change(event):
                         self._append_step(entry, record, owned, event, plan, hiding, now_ms)
@@ -506,6 +519,7 @@ class Planner:
         """A step of the conversation's state takes its place in the log, and the state goes along."""
         before = owned.roster
         draft = _event_draft(event, owned, record.command_id, now_ms)
+        draft = draft._replace(request_hash=groups.request_hash(record))
         message, folded = self._append_event(entry, owned, event, draft, plan, hiding, now_ms)
         # Who was removed sees that it happened; who was added sees it as the first message.
         plan.committed.append(Committed(message, before if folded.left else owned.roster, "", 0))
@@ -520,13 +534,14 @@ class Planner:
     @staticmethod
     def _refuse(record: records.GroupCommand, plan: Plan, refused: groups.Refused) -> None:
         metrics.INGESTED.labels("rejected").inc()
+        plan.has_unwritten = True
         plan.outcomes.append(
             (record.instance, records.CommandOutcome(record.request, refused.code, refused.message, b""))
         )
 
 
 _NO_CONVERSATION = groups.Refused(ErrorCode.CONVERSATION_NOT_FOUND, "no such conversation")
-_OTHER_PAYLOAD = groups.Refused(ErrorCode.IDEMPOTENCY_CONFLICT, "this key was used for another message")
+_OTHER_PAYLOAD = groups.Refused(ErrorCode.IDEMPOTENCY_CONFLICT, "this key was used for something else")
 
 
 def _event_draft(event: SystemEvent, owned: Owned, key: str, now_ms: int) -> Draft:
@@ -555,29 +570,6 @@ def _fingerprint(record: records.SendMessage, hashed: bytes, has_media: bool = T
     return hash((hashed, record.message_type.value, media, record.reply_to_message_id))
 
 
-def _check_addressing(
-    record: records.SendMessage, owned: Owned, join_seq: int, replies: dict[str, Place], plan: Plan
-) -> groups.Refused | None:
-    """Does receiver_id fit the conversation, and is the reply target a message of it that is there to be seen?"""
-    receiver = record.receiver_id
-    if receiver:
-        if owned.is_group:
-            if receiver != owned.conversation_id:
-                return _unfit("receiver_id of a group message is empty or the conversation")
-        elif receiver == record.sender_id or receiver not in owned.members:
-            return _unfit("receiver_id is not the other participant")
-    if record.reply_to_message_id is not None:
-        target = replies.get(record.reply_to_message_id)
-        if (
-            target is None
-            or target.conversation_id != owned.conversation_id
-            or target.sequence_number < join_seq
-            or not target.replyable
-            or record.reply_to_message_id in plan.deleted
-        ):
-            return _unfit("reply_to_message_id is not a message of this conversation")
-    return None
-
-
-def _unfit(reason: str) -> groups.Refused:
-    return groups.Refused(ErrorCode.VALIDATION_FAILED, reason)
+def _event_fingerprint(hashed: bytes) -> int:
+    """The same for an entry that somebody asked for: `hashed` is what they asked, or what it says."""
+    return hash((hashed, MessageType.SYSTEM.value, None, None))

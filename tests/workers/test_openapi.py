@@ -77,7 +77,7 @@ def test_a_route_answers_the_statuses_it_can_and_no_others() -> None:
         "503": ["storage_unavailable"],
     }
     assert set(operation("POST", "/v1/conversations")["responses"]) >= {"200", "201", "408", "413", "415"}
-    assert codes("POST", "/v1/conversations")["409"] == ["conflict", "group_full"]
+    assert codes("POST", "/v1/conversations")["409"] == ["conflict", "group_full", "idempotency_conflict"]
 
 
 def test_who_may_call_is_said_by_the_guards() -> None:

@@ -1,14 +1,16 @@
-"""Repeats that a later owner meets: what had its ack keeps it, whatever its sender may do by now."""
+"""One key, one outcome: what had its ack keeps it whatever its sender may do by now, and a key stands for one thing."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import pytest
 
 from protocol import records
-from protocol.models import ConversationType
-from tests.workers.lanes import run_lane
+from protocol.errors import ErrorCode
+from protocol.models import ConversationType, Role
+from tests.workers.lanes import INSTANCE, crashing_lane, eventually, run_lane, settled
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -127,3 +129,90 @@ async def test_a_key_sent_twice_around_the_end_of_a_silence_has_one_outcome(yard
     async with run_lane(yard):
         answers = [answer["payload"] for answer in await yard.acks(2)]
     assert len({answer.get("message_id", answer.get("code")) for answer in answers}) == 1, answers
+
+
+# --- one key, one thing ----------------------------------------------------------------------------------------------
+
+
+async def test_a_key_that_was_used_for_another_command_conflicts(yard: Yard) -> None:
+    """Each pair asks for different things under one key: the second has no effect, and says so."""
+    pairs: list[tuple[Any, Any]] = [
+        (records.Rename("Boat"), records.Rename("Ship")),
+        (records.Silence("bob", FAR), records.Silence("bob", FAR + 1)),
+        (records.SetRole("cat", Role.ADMIN), records.SetRole("cat", Role.MEMBER)),
+        (records.SetDisappearing(60), records.SetDisappearing(61)),
+        (records.Ban("eve"), records.Ban("fay")),
+    ]
+    async with run_lane(yard):
+        group = await group_of(yard, "ann", "bob", "cat")
+        await yard.add(group, "ann", "dan", request="a1")
+        await yard.add(group, "ann", "dan", "gil", request="a1")
+        await yard.remove(group, "ann", "dan", request="r1")
+        await yard.remove(group, "ann", "bob", request="r1")
+        codes = [outcome.code for outcome in await yard.next_down(records.CommandOutcome, 4)]
+        for number, (first, second) in enumerate(pairs):
+            codes += [await yard.decided(group, "ann", step, f"s{number}") for step in (first, second)]
+        length = len(await yard.log(group))
+    async with run_lane(yard):  # the next owner knows it from the store
+        for number, (first, second) in enumerate(pairs):
+            codes += [await yard.decided(group, "ann", step, f"s{number}") for step in (first, second)]
+        await yard.add(group, "ann", "dan", "gil", request="a1")
+        await yard.add(group, "ann", "dan", request="a1")
+        codes += [outcome.code for outcome in await yard.next_down(records.CommandOutcome, 2)][::-1]
+    assert codes == [None, ErrorCode.IDEMPOTENCY_CONFLICT] * 13
+    assert len(await yard.log(group)) == length == 8
+
+
+async def test_a_key_that_made_a_group_makes_no_other(yard: Yard) -> None:
+    def create(*participants: str, title: str = "", agent_id: str = "") -> records.CreateConversation:
+        return records.CreateConversation(
+            INSTANCE, "r", "k", "conv_g", ConversationType.GROUP, "ann", ["ann", *participants], agent_id, title
+        )
+
+    wanted = create("bob", title="Boat")
+    asked = [wanted, create("bob"), create("cat", title="Boat"), create("bob", title="Boat", agent_id="x"), wanted]
+    for _ in range(2):
+        for record in asked:
+            await yard.put(record, "conv_g")
+        async with run_lane(yard):
+            codes = [outcome.code for outcome in await yard.next_down(records.CommandOutcome, len(asked))]
+        assert codes == [None, *[ErrorCode.IDEMPOTENCY_CONFLICT] * 3, None]
+    assert len(await yard.log("conv_g")) == 1
+
+
+# --- what has no entry is decided once -------------------------------------------------------------------------------
+
+
+async def test_a_refusal_that_was_told_is_not_taken_back_by_the_next_owner(
+    yard: Yard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The owner dies between telling and acknowledging; meanwhile its sender may speak again."""
+    async with run_lane(yard):
+        group = await group_of(yard, "ann", "bob", "cat")
+        await yard.decided(group, "ann", records.Silence("bob", FAR), "s1")
+    await yard.send(group, "bob", "k1")
+    await yard.add(group, "ann", "cat", request="a1")
+    await yard.command(group, "ann", records.Silence("bob", 0), "s2")
+    await yard.remove(group, "ann", "cat", request="r1")
+    told = anyio.Event()
+    settle = yard.broker._settle
+
+    async def never(**_: Any) -> None:
+        told.set()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(yard.broker, "_settle", never)
+        async with crashing_lane(yard):
+            (refused,) = await yard.acks(1)
+            outcomes = await yard.next_down(records.CommandOutcome, 3)
+    assert settle is yard.broker._settle
+    async with run_lane(yard):
+        await eventually(lambda: settled(yard))
+        stored = await yard.log(group)
+        document = await yard.store.db["conversations"].find_one({"_id": group})
+    assert told.is_set()
+    assert refused["payload"]["code"] == "muted"
+    assert [outcome.code for outcome in outcomes] == [None] * 3
+    assert [m["idempotency_key"] for m in stored[2:]] == ["cmd-s2", "cmd-r1"], "neither was decided again"
+    assert document is not None
+    assert document["participants"] == ["ann", "bob"]

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.anyio
 
+HELLO = {"content": "hello", "type": "text", "timestamp": 1_700_000_000_000}
+
 
 async def test_owners_and_admins_rule_a_group(rest: Rest) -> None:
     (ann, owner), (bob, admin), (cat, member) = [await rest.user(name) for name in ("Ann", "Bob", "Cat")]
@@ -91,6 +93,54 @@ async def test_a_key_tells_nothing_of_a_group_that_one_has_left(rest: Rest) -> N
     for caller in (token, late):
         repeated = await rest.call("POST", f"{path}/participants", caller, added, Idempotency_Key="k2")
         assert refusal(repeated) == (404, "conversation_not_found")
+
+
+async def test_the_same_key_for_something_else_is_a_conflict_and_changes_nothing(rest: Rest) -> None:
+    """Each row twice: the same again is answered as it was; another payload under the same key is refused."""
+    (_, token), (bob, _), (cat, _), (dan, _) = [await rest.user(name) for name in ("Ann", "Bob", "Cat", "Dan")]
+    body: Any = {"type": "group", "participants": [bob], "title": "Boat"}
+    path = "/v1/conversations"
+    made = await rest.call("POST", path, token, body, Idempotency_Key="k0")
+    group = f"{path}/{made.json()['_id']}"
+    sent = await rest.call("POST", f"{group}/messages", token, HELLO, Idempotency_Key="m1")
+    message = f"{group}/messages/{sent.json()['message_id']}"
+    rows: list[tuple[str, str, Any, str, Any]] = [
+        ("POST", path, body, path, body | {"title": "Ship"}),
+        ("POST", path, body, path, body | {"participants": [bob, cat]}),
+        ("POST", f"{group}/participants", {"user_ids": [cat]}, f"{group}/participants", {"user_ids": [dan]}),
+        ("PATCH", f"{group}/participants/{bob}", {"role": "admin"}, f"{group}/participants/{bob}", {"role": "member"}),
+        ("PATCH", group, {"title": "Ship"}, group, {"title": "Raft"}),
+        ("PATCH", group, {"disappearing_seconds": 60}, group, {"disappearing_seconds": 61}),
+        ("PATCH", message, {"content": "better"}, message, {"content": "best"}),
+        ("PUT", f"{message}/reactions/x", None, f"{message}/reactions/y", None),
+        ("DELETE", f"{group}/participants/{cat}", None, f"{group}/participants/{bob}", None),
+    ]
+    for number, (method, where, asked, elsewhere, other) in enumerate(rows):
+        key = "k0" if where == path else f"k{number}"
+        for _ in range(2):
+            answer = await rest.call(method, where, token, asked, Idempotency_Key=key)
+            assert answer.status_code in (200, 201), (where, answer.text)
+        before = (await rest.call("GET", group, token)).json()
+        refused = await rest.call(method, elsewhere, token, other, Idempotency_Key=key)
+        assert refusal(refused) == (409, "idempotency_conflict"), where
+        assert (await rest.call("GET", group, token)).json() == before
+    assert len((await rest.call("GET", path, token)).json()["items"]) == 1
+
+
+async def test_what_a_key_has_done_is_not_refused_when_somebody_blocks_the_caller_later(rest: Rest) -> None:
+    (ann, token), (bob, blocker), (cat, other) = [await rest.user(name) for name in ("Ann", "Bob", "Cat")]
+    body = {"type": "group", "participants": [bob]}
+    made = await rest.call("POST", "/v1/conversations", token, body, Idempotency_Key="k1")
+    path = f"/v1/conversations/{made.json()['_id']}/participants"
+    added = await rest.call("POST", path, token, {"user_ids": [cat]}, Idempotency_Key="k2")
+    for who in (blocker, other):
+        assert (await rest.call("PUT", f"/v1/blocks/{ann}", who)).status_code == 204
+    again = await rest.call("POST", "/v1/conversations", token, body, Idempotency_Key="k1")
+    added_again = await rest.call("POST", path, token, {"user_ids": [cat]}, Idempotency_Key="k2")
+    assert (again.status_code, again.json()["_id"]) == (201, made.json()["_id"])
+    assert (added.status_code, added_again.status_code) == (200, 200)
+    new = await rest.call("POST", "/v1/conversations", token, body, Idempotency_Key="k3")
+    assert refusal(new) == (403, "blocked")
 
 
 async def test_a_member_arranges_conversations_for_themselves(rest: Rest, broker: Broker) -> None:

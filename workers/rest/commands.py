@@ -15,7 +15,7 @@ import msgspec
 from protocol import keys, records
 from protocol.errors import ErrorCode
 from protocol.frames import MessageAckPayload
-from protocol.models import Conversation, ConversationType, MessagePayload
+from protocol.models import SYSTEM_SENDER, Conversation, ConversationType, MessagePayload
 from workers.rest.errors import RestError
 
 if TYPE_CHECKING:
@@ -32,6 +32,23 @@ def command_id(desk: Desk, actor: str, purpose: str, idempotency_key: str | None
     if idempotency_key is None:
         return desk.new_id("cmd")
     return "cmd_" + blake2b(f"{actor}\0{purpose}\0{idempotency_key}".encode(), digest_size=14).hexdigest()
+
+
+def group_key(desk: Desk, actor: str, idempotency_key: str) -> tuple[str, str]:
+    """(conversation, key of its first entry) of the group that this header makes."""
+    key = command_id(desk, actor, "create", idempotency_key)
+    return "conv_" + key.removeprefix("cmd_"), key
+
+
+def add_key(desk: Desk, actor: str, conversation_id: str, idempotency_key: str | None) -> str:
+    """Key of the entry that this header's addition becomes."""
+    return command_id(desk, actor, f"add {conversation_id}", idempotency_key)
+
+
+async def has_entry(desk: Desk, conversation_id: str, key: str) -> bool:
+    """Has a command with this key had its effect? Then nothing that has changed since may refuse its repeat. Raises
+    StoreUnavailable."""
+    return bool(await desk.store.messages.find_keys([(conversation_id, SYSTEM_SENDER, key)]))
 
 
 async def create(
@@ -51,8 +68,7 @@ async def create(
         conversation_id = desk.new_id("conv")
         key = "create"
     else:
-        key = command_id(desk, actor, "create", idempotency_key)
-        conversation_id = "conv_" + key.removeprefix("cmd_")
+        conversation_id, key = group_key(desk, actor, idempotency_key)
     record = records.CreateConversation(
         desk.instance.instance_id,
         desk.new_id("req"),
@@ -74,7 +90,7 @@ async def add(
     record = records.AddParticipants(
         desk.instance.instance_id,
         desk.new_id("req"),
-        command_id(desk, actor, f"add {conversation_id}", idempotency_key),
+        add_key(desk, actor, conversation_id, idempotency_key),
         conversation_id,
         actor,
         user_ids,

@@ -88,12 +88,17 @@ async def create_conversation(
             return Response(existing, status_code=200)
     elif len(participants) > GROUP_LIMIT:
         raise RestError(ErrorCode.GROUP_FULL, f"a group has at most {GROUP_LIMIT} participants")
-    await check_known(desk, participants)
     if data.conversation_type is ConversationType.ONE_TO_ONE:
         if await desk.store.blocks.between(*participants):
             raise RestError(ErrorCode.BLOCKED, "one of you blocks the other")
+        refusal = await _refuse_unknown(desk, participants)
     else:
-        await check_not_blocked(desk, actor, participants)
+        refusal = await refuse_invitation(desk, actor, participants)
+    if refusal is not None:
+        is_group = data.conversation_type is ConversationType.GROUP
+        made = commands.group_key(desk, actor, idempotency_key) if is_group and idempotency_key else None
+        if made is None or not await commands.has_entry(desk, *made):
+            raise refusal
     created = await commands.create(
         desk, actor, data.conversation_type, participants, data.agent_id, data.title, idempotency_key
     )
@@ -109,17 +114,19 @@ async def _note_blocks(desk: Desk, user_id: str, other_id: str) -> None:
             await commands.note_block(desk, one, other, blocks=True)
 
 
-async def check_known(desk: Desk, user_ids: list[str]) -> None:
-    """Raises RestError where one of the ids names no account."""
+async def refuse_invitation(desk: Desk, actor: str, user_ids: list[str]) -> RestError | None:
+    """Why these cannot be brought into a group: one names no account, or blocks who would bring them."""
+    refusal = await _refuse_unknown(desk, user_ids)
+    if refusal is None and await desk.store.blocks.who_blocks(actor, user_ids):
+        refusal = RestError(ErrorCode.BLOCKED, "somebody named there takes nothing from you")
+    return refusal
+
+
+async def _refuse_unknown(desk: Desk, user_ids: list[str]) -> RestError | None:
     unknown = await desk.store.users.unknown(user_ids)
-    if unknown:
-        raise RestError(ErrorCode.VALIDATION_FAILED, f"unknown users: {', '.join(sorted(unknown)[:3])}")
-
-
-async def check_not_blocked(desk: Desk, actor: str, user_ids: list[str]) -> None:
-    """Nobody is brought into a group by somebody they block. Raises RestError."""
-    if await desk.store.blocks.who_blocks(actor, user_ids):
-        raise RestError(ErrorCode.BLOCKED, "somebody named there takes nothing from you")
+    if not unknown:
+        return None
+    return RestError(ErrorCode.VALIDATION_FAILED, f"unknown users: {', '.join(sorted(unknown)[:3])}")
 
 
 @get(

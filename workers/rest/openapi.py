@@ -20,6 +20,7 @@ from protocol.errors import ErrorCode
 from protocol.specification import describe
 from workers.rest import access
 from workers.rest.errors import MESSAGE_LIMIT
+from workers.rest.shapes import IDEMPOTENCY_KEY
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -170,6 +171,8 @@ def _refusals(
         pairs.add((401, ErrorCode.REVOKED))
     if parameters or body is not None or access.shape_guard in (handler.guards or ()):
         pairs.add((400, ErrorCode.VALIDATION_FAILED))
+    if any(parameter.name == IDEMPOTENCY_KEY for parameter in parameters):
+        pairs.add((409, ErrorCode.IDEMPOTENCY_CONFLICT))
     if body is not None:
         pairs |= {
             (408, ErrorCode.VALIDATION_FAILED),

@@ -14,7 +14,7 @@ from protocol.errors import ErrorCode
 from protocol.models import Conversation, Id, Role
 from workers.rest import commands
 from workers.rest.access import shape_guard, user_guard
-from workers.rest.conversations import NAMED_LIMIT, check_known, check_not_blocked, not_found
+from workers.rest.conversations import NAMED_LIMIT, not_found, refuse_invitation
 from workers.rest.desk import Desk, DeskDependency
 from workers.rest.errors import RestError
 from workers.rest.shapes import CallerRequest, IdempotencyHeader, Limit, Listing, Moment, PathId, ms_of
@@ -77,8 +77,11 @@ async def add_participants(
     `banned` where one must not come back, 409 `group_full` over 100."""
     actor = request.user.user
     user_ids = list(dict.fromkeys(data.user_ids))
-    await check_known(desk, user_ids)
-    await check_not_blocked(desk, actor, user_ids)
+    refusal = await refuse_invitation(desk, actor, user_ids)
+    if refusal is not None:
+        key = commands.add_key(desk, actor, conversation_id, idempotency_key)
+        if idempotency_key is None or not await commands.has_entry(desk, conversation_id, key):
+            raise refusal
     return await commands.add(desk, actor, conversation_id, user_ids, idempotency_key)
 
 

@@ -18,10 +18,11 @@ CallerRequest = Request[Caller, Any, State]
 PathId = Annotated[str, PathParameter(pattern=r"\A[A-Za-z0-9_.:-]{1,64}\Z")]
 QueryId = Annotated[str | None, QueryParameter(pattern=r"\A[A-Za-z0-9_.:-]{1,64}\Z", required=False)]
 Limit = Annotated[int, QueryParameter(ge=1, le=100)]
+IDEMPOTENCY_KEY: Final = "Idempotency-Key"
 IdempotencyHeader = Annotated[
-    str | None, HeaderParameter(name="Idempotency-Key", pattern=r"\A[A-Za-z0-9._:-]{1,128}\Z", required=False)
+    str | None, HeaderParameter(name=IDEMPOTENCY_KEY, pattern=r"\A[A-Za-z0-9._:-]{1,128}\Z", required=False)
 ]
-NeededIdempotencyHeader = Annotated[str, HeaderParameter(name="Idempotency-Key", pattern=r"\A[A-Za-z0-9._:-]{1,128}\Z")]
+NeededIdempotencyHeader = Annotated[str, HeaderParameter(name=IDEMPOTENCY_KEY, pattern=r"\A[A-Za-z0-9._:-]{1,128}\Z")]
 Moment = Annotated[datetime, Meta(tz=True, extra_json_schema={"pattern": "^[1-9]"})]
 """RFC 3339, with its offset."""
 MomentQuery = Annotated[int | None, QueryParameter(ge=0, le=253_402_300_799_999, required=False)]

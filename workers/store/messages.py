@@ -190,10 +190,11 @@ class MessageStore:
 
 
 def fingerprint(document: Document) -> Fingerprint:
-    """What makes two payloads under one key the same: what it said first, type, media and reply target. Not the
-    client's clock. A deleted message has no media."""
+    """What makes two payloads under one key the same: what it said first (of a command: what it asked for), type, media
+    and reply target. Not the client's clock. A deleted message has no media."""
+    asked: bytes | None = document.get("request_hash")
     return (
-        bytes.fromhex(original_hash(document)),
+        bytes.fromhex(original_hash(document)) if asked is None else asked,
         document["type"],
         document.get("media_url"),
         document.get("reply_to_message_id"),

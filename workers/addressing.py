@@ -1,0 +1,47 @@
+"""Does a message fit the conversation it is sent to? Pure; called by `plan.py`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from protocol.errors import ErrorCode
+from workers.groups import Refused
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from collections.abc import Set as AbstractSet
+
+    from protocol.records import SendMessage
+    from workers.conversations import Owned
+    from workers.receipts import Place
+
+
+def check_addressing(
+    record: SendMessage, owned: Owned, join_seq: int, replies: Mapping[str, Place], gone: AbstractSet[str]
+) -> Refused | None:
+    """Does receiver_id fit the conversation, and is the reply target a message of it that is there to be seen?
+
+    `gone`: what was deleted for all just before.
+    """
+    receiver = record.receiver_id
+    if receiver:
+        if owned.is_group:
+            if receiver != owned.conversation_id:
+                return _unfit("receiver_id of a group message is empty or the conversation")
+        elif receiver == record.sender_id or receiver not in owned.members:
+            return _unfit("receiver_id is not the other participant")
+    if record.reply_to_message_id is not None:
+        target = replies.get(record.reply_to_message_id)
+        if (
+            target is None
+            or target.conversation_id != owned.conversation_id
+            or target.sequence_number < join_seq
+            or not target.replyable
+            or record.reply_to_message_id in gone
+        ):
+            return _unfit("reply_to_message_id is not a message of this conversation")
+    return None
+
+
+def _unfit(reason: str) -> Refused:
+    return Refused(ErrorCode.VALIDATION_FAILED, reason)
