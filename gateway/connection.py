@@ -92,6 +92,7 @@ class Connection:
         """See `Link.drained`."""
         self.session.lagging = False
         self.run(self.session.pump(now, self.hub.wall_ms()), now)
+        self.hub.presence.drained(self)
 
     def lost(self) -> None:
         """See `Link.lost`."""

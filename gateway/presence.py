@@ -2,7 +2,8 @@
 
 The hub calls it with what clients ask, workers answer and channels bring, and once a second with `step`. A person is
 watched once however many watch; all of them are told the same frame, encoded once. A change is told when it has held
-for `DEBOUNCE_SECONDS`. A connection that watches nobody costs nothing. Nothing here awaits.
+for `DEBOUNCE_SECONDS`. A client that does not read is told of each person when it reads again, once and as they are
+then. A connection that watches nobody costs nothing. Nothing here awaits.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Channels(Protocol):
 
 
 class _Watcher:
-    __slots__ = ("again_at", "asked_at", "connection", "outstanding", "patience", "people")
+    __slots__ = ("again_at", "asked_at", "connection", "outstanding", "patience", "people", "untold")
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
@@ -63,10 +64,12 @@ class _Watcher:
         self.again_at = 0.0
         """When to ask again; an entry of the heap with another time is void."""
         self.patience = ASK_AGAIN_SECONDS
+        self.untold: dict[str, Outgoing | None] = {}
+        """Of whom the client is to hear when its outbox has drained: a last word, or None: how they are then."""
 
 
 class _Person:
-    __slots__ = ("changed_at", "current", "outgoing", "told", "waits", "watchers")
+    __slots__ = ("changed_at", "current", "known_at", "outgoing", "told", "waits", "watchers")
 
     def __init__(self) -> None:
         self.watchers: dict[int, _Watcher] = {}
@@ -76,6 +79,8 @@ class _Person:
         self.outgoing: Outgoing | None = None
         """`told` as a frame."""
         self.changed_at = 0.0
+        self.known_at = 0.0
+        """When `current` was last known to be true: a channel said it, or the question of an answer was asked."""
         self.waits = False
         """A change of this person stands in the heap."""
 
@@ -105,7 +110,7 @@ class Presence:
         number = connection.session.connection
         watcher = self._watchers.get(number) or _Watcher(connection)
         wanted = dict.fromkeys(user_ids, False)
-        if len(watcher.people.keys() | wanted.keys()) > self._per_connection:
+        if len(watcher.people.keys() | wanted.keys() | watcher.untold.keys()) > self._per_connection:
             limit = self._per_connection
             self._refuse(connection, ErrorCode.VALIDATION_FAILED, f"a connection watches at most {limit} people")
         elif len(self.people) + len(wanted) > PEOPLE_LIMIT:
@@ -137,6 +142,7 @@ class Presence:
         watcher = self._watchers.get(connection.session.connection)
         if watcher is not None:
             for user_id in user_ids:
+                watcher.untold.pop(user_id, None)
                 self._drop(watcher, user_id)
             self._forget_idle(watcher)
 
@@ -144,6 +150,7 @@ class Presence:
         """The connection is gone."""
         watcher = self._watchers.get(connection.session.connection)
         if watcher is not None:
+            watcher.untold.clear()
             for user_id in list(watcher.people):
                 self._drop(watcher, user_id)
             self._forget_idle(watcher)
@@ -160,7 +167,7 @@ class Presence:
 
     def _forget_idle(self, watcher: _Watcher) -> None:
         number = watcher.connection.session.connection
-        if not watcher.people:
+        if not watcher.people and not watcher.untold:
             self._watchers.pop(number, None)
 
     # --- what workers answer -----------------------------------------------------------------------------------------
@@ -190,16 +197,18 @@ class Presence:
                 self._correct(user_id, person, (watched.status, watched.last_seen), watcher.asked_at, now)
                 if not watcher.people[user_id]:
                     watcher.people[user_id] = True
-                    self._send(watcher, self._outgoing(user_id, person))
+                    self._send(watcher, user_id)
         for user_id in answer.refused:
             self._end(watcher, user_id)
         self._forget_idle(watcher)
 
     def _correct(self, user_id: str, person: _Person, state: State, asked_at: float, now: float) -> None:
-        """What a channel has brought since the question was asked is newer than its answer."""
-        if person.current is None or (person.changed_at <= asked_at and _differ(state, person.current)):
-            person.current = state
-            person.changed_at = now
+        """What is known since the question was asked is newer than its answer, also where it was no news."""
+        if person.current is None or person.known_at <= asked_at:
+            if person.current is None or _differ(state, person.current):
+                person.current = state
+                person.changed_at = now
+            person.known_at = asked_at
         if person.told is None:
             person.told = person.current
         elif _differ(person.current, person.told):
@@ -207,8 +216,8 @@ class Presence:
 
     def _end(self, watcher: _Watcher, user_id: str) -> None:
         """This client may watch this person no longer: offline is the last it hears."""
-        if watcher.people.get(user_id):
-            self._send(watcher, Outgoing(_encode(user_id, (UserStatus.OFFLINE, 0))))
+        if watcher.people.get(user_id) or user_id in watcher.untold:
+            self._send(watcher, user_id, Outgoing(_encode(user_id, (UserStatus.OFFLINE, 0))))
         self._drop(watcher, user_id)
 
     # --- what channels bring -----------------------------------------------------------------------------------------
@@ -228,6 +237,7 @@ class Presence:
         if person.current is None or _differ(state, person.current):
             person.changed_at = now
         person.current = state
+        person.known_at = now
         if person.told is not None and _differ(state, person.told):
             if change.settled:
                 self._tell(user_id, person)
@@ -241,10 +251,9 @@ class Presence:
 
     def _tell(self, user_id: str, person: _Person) -> None:
         person.told, person.outgoing = person.current, None
-        outgoing = self._outgoing(user_id, person)
         for watcher in list(person.watchers.values()):
             if watcher.people.get(user_id):
-                self._send(watcher, outgoing)
+                self._send(watcher, user_id)
 
     @staticmethod
     def _outgoing(user_id: str, person: _Person) -> Outgoing:
@@ -252,12 +261,28 @@ class Presence:
             person.outgoing = Outgoing(_encode(user_id, person.told or (UserStatus.OFFLINE, 0)))
         return person.outgoing
 
-    def _send(self, watcher: _Watcher, outgoing: Outgoing) -> None:
+    def _send(self, watcher: _Watcher, user_id: str, last_word: Outgoing | None = None) -> None:
+        """Tell this client how this person is, or that it hears no more of them; when it reads again, if it does not
+        now: past the outbox's bound it would be cut off for what others do."""
+        if watcher.connection.session.lagging:
+            watcher.untold[user_id] = last_word
+            return
         self.told += 1
+        outgoing = last_word or self._outgoing(user_id, self.people[user_id])
         try:
             watcher.connection.send(outgoing)
         except Exception:  # noqa: BLE001 -- boundary "connection"
             watcher.connection.isolate()
+
+    def drained(self, connection: Connection) -> None:
+        """This client reads again: what it has not been told, as far as its outbox takes it."""
+        watcher = self._watchers.get(connection.session.connection)
+        if watcher is None:
+            return
+        while watcher.untold and not connection.session.lagging:
+            user_id = next(iter(watcher.untold))
+            self._send(watcher, user_id, watcher.untold.pop(user_id))
+        self._forget_idle(watcher)
 
     # --- time --------------------------------------------------------------------------------------------------------
 

@@ -38,6 +38,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """Conversations one connection may be typing in."""
     watched_people: int = 500
     """People whose presence one connection may watch."""
+    people_per_lookup: int = 50
+    """People of a `presence_subscribe` that cost as much as one retransmit: each may be a read and a frame."""
     retransmit_span: int = 500
     page_limit: int = 100
     auth_timeout_seconds: float = 10.0
@@ -78,6 +80,10 @@ class TokenBucket:
             return 0.0
         self._level = level
         return (1.0 - level) / self._rate
+
+    def owe(self, tokens: float) -> None:
+        """What was taken for turned out to be dearer: so many more, which may leave a debt to wait for."""
+        self._level -= tokens
 
 
 def counted_address(remote: str) -> str:

@@ -332,7 +332,11 @@ class Session(Backlog):
         user_ids = frame.payload.user_ids
         query = records.PresenceQuery(self.instance, self.connection, self.user_id, user_ids)
         commands = self._look_up(query, None, "presence_subscribe", now)
-        return [Watch(user_ids), *commands] if commands and isinstance(commands[0], Ask) else commands
+        if not isinstance(commands[0], Ask) or self._lookups is None:
+            return commands
+        # Taken however many there are, so that no list is too long for the rate; the next one waits the longer.
+        self._lookups.owe(max(0.0, len(user_ids) / self._limits.people_per_lookup - 1.0))
+        return [Watch(user_ids), *commands]
 
     def _on_presence_unsubscribe(self, frame: frames.PresenceUnsubscribe, now: float, wall_ms: int) -> list[Command]:
         return [Unwatch(frame.payload.user_ids)]

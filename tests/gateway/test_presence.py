@@ -209,6 +209,50 @@ def test_a_change_between_question_and_answer_is_newer_than_the_answer(house: Ho
     assert told(transport) == [("usr_b", "offline", 9)]
 
 
+def test_an_answer_of_an_emptied_redis_does_not_overrule_the_channel_that_confirmed_what_is_known(
+    house: House,
+) -> None:
+    """The worker looked before the gateway of usr_b had written its presence again, the channel said it after."""
+    connection, transport = watching(house, ("usr_b", ONLINE, 5))
+    house.hub.heard_again()
+    house.pass_time(1)
+    assert len(presence_queries(house)) == 1
+    house.now += 0.5
+    change(house, "usr_b", ONLINE, 9)
+    house.now += 0.5
+    answer(house, connection, ("usr_b", OFFLINE, 5))
+    house.pass_time(10)
+    assert told(transport) == []
+
+
+def test_an_older_answer_does_not_overrule_a_newer_one_that_confirmed_what_is_known(house: House) -> None:
+    first, first_hears = watching(house, ("usr_b", ONLINE, 5), user_id="usr_a")
+    second, second_hears = watching(house, ("usr_b", ONLINE, 5), user_id="usr_c")
+    house.now += 10
+    subscribe(house, first, "usr_b")
+    house.now += 1
+    subscribe(house, second, "usr_b")
+    house.now += 1
+    answer(house, second, ("usr_b", ONLINE, 9))
+    answer(house, first, ("usr_b", OFFLINE, 5))
+    house.pass_time(10)
+    assert {status for _, status, _ in (*told(first_hears), *told(second_hears))} == {"online"}
+
+
+def test_a_newer_answer_still_overrules_what_an_older_one_confirmed(house: House) -> None:
+    first, _ = watching(house, ("usr_b", ONLINE, 5), user_id="usr_a")
+    second, hears = watching(house, ("usr_b", ONLINE, 5), user_id="usr_c")
+    house.now += 10
+    subscribe(house, first, "usr_b")
+    house.now += 1
+    subscribe(house, second, "usr_b")
+    house.now += 1
+    answer(house, first, ("usr_b", ONLINE, 9))
+    answer(house, second, ("usr_b", OFFLINE, 10))
+    house.pass_time(5)
+    assert told(hears)[-1] == ("usr_b", "offline", 10)
+
+
 def test_a_watcher_whose_connection_breaks_does_not_disturb_the_others(house: House) -> None:
     _, broken = watching(house, ("usr_b", ONLINE, 5), ("usr_d", ONLINE, 5))
     _, transport = watching(house, ("usr_b", ONLINE, 5), user_id="usr_c")
@@ -217,6 +261,114 @@ def test_a_watcher_whose_connection_breaks_does_not_disturb_the_others(house: Ho
     assert broken.closed is CloseCode.INTERNAL
     assert told(transport) == [("usr_b", "offline", 9)]
     assert set(house.hub.watched) == {"usr_b"}
+
+
+# --- clients that read slowly ----------------------------------------------------------------------------------------
+
+
+class Narrow(FakeTransport):
+    """A socket that takes nothing: what is sent stays in the outbox, `size` frames are its bound."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.connection: Any = None
+
+    def send_nowait(self, outgoing: Any) -> None:
+        super().send_nowait(outgoing)
+        assert len(self.outgoing) <= 2 * self.size, "cut off"
+        if len(self.outgoing) == self.size:
+            self.connection.overflowed()
+
+    def drain(self, now: float) -> list[tuple[str, str, int | None]]:
+        """The client reads all there is; what it is told of presence."""
+        heard = told(self)
+        self.outgoing.clear()
+        self.connection.drained(now)
+        return heard
+
+
+def slow(house: House, *people: str, size: int = 4) -> tuple[Any, Narrow]:
+    """A client that watches these people, with an empty outbox of `size` frames."""
+    connection, _ = house.open()
+    connection.transport = transport = Narrow(size)
+    transport.connection = connection
+    subscribe(house, connection, *people)
+    return connection, transport
+
+
+def test_a_slow_client_that_watches_500_people_is_not_cut_off_by_one_answer() -> None:
+    house = House()
+    people = [f"usr_{number}" for number in range(500)]
+    connection, transport = slow(house, *people, size=256)
+    answer(house, connection, *((name, ONLINE, 5) for name in people))
+    assert len(transport.outgoing) == 256
+    heard = transport.drain(house.now)
+    heard += transport.drain(house.now)
+    assert heard == [(name, "online", 5) for name in people]
+    assert transport.drain(house.now) == []
+
+
+def test_a_slow_client_hears_the_latest_of_everybody_and_of_each_once(house: House) -> None:
+    people = [f"usr_{number}" for number in range(10)]
+    connection, transport = slow(house, *people)
+    answer(house, connection, *((name, ONLINE, 5) for name in people))
+    for seen in (11, 12, 13):
+        for name in people:
+            change(house, name, ONLINE if seen == 12 else OFFLINE, seen, settled=True)
+    heard: list[tuple[str, str, int | None]] = []
+    for _ in range(4):
+        heard += transport.drain(house.now)
+    assert heard == [(name, "online", 5) for name in people[:4]] + [
+        (name, "offline", 13) for name in (*people[4:], *people[:4])
+    ]
+    assert house.hub.presence.told == len(heard)
+
+
+def test_a_slow_client_hears_of_the_end_and_of_nobody_it_has_left(house: House) -> None:
+    people = [f"usr_{number}" for number in range(7)]
+    connection, transport = slow(house, *people)
+    answer(house, connection, *((name, ONLINE, 5) for name in people))
+    change(house, "usr_5", ONLINE, 9, hidden_from="usr_a")
+    house.send(connection, {"type": "presence_unsubscribe", "payload": {"user_ids": ["usr_6"]}})
+    assert [name for name, _, _ in transport.drain(house.now)] == people[:4]
+    assert transport.drain(house.now) == [("usr_4", "online", 5), ("usr_5", "offline", None)]
+    assert set(house.hub.watched) == set(people[:5])
+
+
+def test_who_may_be_watched_again_meanwhile_is_told_as_they_are(house: House) -> None:
+    people = [f"usr_{number}" for number in range(5)]
+    connection, transport = slow(house, *people)
+    answer(house, connection, *((name, ONLINE, 5) for name in people))
+    change(house, "usr_4", ONLINE, 9, hidden_from="usr_a")
+    subscribe(house, connection, "usr_4")
+    answer(house, connection, ("usr_4", ONLINE, 10))
+    transport.drain(house.now)
+    assert transport.drain(house.now) == [("usr_4", "online", 10)]
+
+
+def test_who_is_refused_when_asked_for_again_meanwhile_is_told_offline(house: House) -> None:
+    people = [f"usr_{number}" for number in range(5)]
+    connection, transport = slow(house, *people)
+    answer(house, connection, *((name, ONLINE, 5) for name in people))
+    subscribe(house, connection, "usr_4")
+    answer(house, connection, refused=("usr_4",))
+    transport.drain(house.now)
+    assert transport.drain(house.now) == [("usr_4", "offline", None)]
+    assert transport.closed is None
+
+
+def test_what_waits_for_a_slow_client_is_bounded_and_goes_with_it() -> None:
+    house = House(Limits(watched_people=6, lookup_rate=1000))
+    connection, transport = slow(house, *(f"usr_{number}" for number in range(6)))
+    answer(house, connection, *((f"usr_{number}", ONLINE, 5) for number in range(6)))
+    for number in range(6):
+        change(house, f"usr_{number}", ONLINE, 9, hidden_from="*")
+    subscribe(house, connection, "usr_7")
+    assert transport.sent[-1]["payload"]["code"] == "validation_failed"
+    connection.lost()
+    assert house.hub.presence._watchers == {}
+    assert house.hub.watched == {}
 
 
 # --- rights and gaps -------------------------------------------------------------------------------------------------

@@ -16,12 +16,14 @@ import httpx2
 import msgspec
 import pytest
 import trio
+import trio.lowlevel
 import trio_websocket
 
 from gateway.server import Gateway, open_listener, stop_listening
 from gateway.settings import load_settings
 from gateway.wire import Address, Wire
 from protocol import codec, keys, records
+from protocol.models import UserStatus
 from tests.gateway.fakes import eventually, message, token
 from tests.gateway.peers import Peer, request_head
 
@@ -37,9 +39,10 @@ TRANSPORTS = ["epoll", "trio-websocket"]
 class Running:
     """A gateway under test, and the worker's side of its Redis."""
 
-    def __init__(self, gateway: Gateway, port: int, redis: Wire, stopping: trio.Event) -> None:
+    def __init__(self, gateway: Gateway, listener: socket.socket, redis: Wire, stopping: trio.Event) -> None:
         self.gateway = gateway
-        self.port = port
+        self.listener = listener
+        self.port: int = listener.getsockname()[1]
         self.redis = redis
         self.stopping = stopping
         self.ended = trio.Event()
@@ -141,7 +144,7 @@ async def start(nursery: trio.Nursery, address: Address, direct: Address, **vari
     redis = Wire(direct, "test", max_outstanding=1000, deadline_seconds=5)
     nursery.start_soon(redis.run)
     await redis.wait_connected()
-    running = Running(gateway, listener.getsockname()[1], redis, trio.Event())
+    running = Running(gateway, listener, redis, trio.Event())
 
     async def run(*, task_status: trio.TaskStatus[None]) -> None:
         with listener:
@@ -258,6 +261,48 @@ async def test_w17_the_201st_connection_without_a_token_has_to_wait(
     assert await upgrade_status(running, "ignored") == 101
     for stream in running.streams:
         await stream.aclose()
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_a_client_that_does_not_read_for_a_while_then_hears_how_all_whom_it_watches_are(
+    transport: str, address: Address, nursery: trio.Nursery
+) -> None:
+    """500 people who come and go 24 times fill any socket: it took 512 frames until the client was cut off."""
+    running = await start(nursery, address, address, TRIREME_GATEWAY_TRANSPORT=transport, TRIREME_STUCK_SECONDS="20")
+    people = [f"usr_{number:03d}_{'x' * 50}" for number in range(500)]
+    running.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16_384)
+    stream = await trio.open_tcp_stream("127.0.0.1", running.port)
+    stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16_384)
+    async with trio.open_nursery() as inner:
+        websocket = await trio_websocket.wrap_client_stream(inner, stream, "127.0.0.1", "/v1/ws", message_queue_size=0)
+        number = await running.open(websocket)
+        subscribe = {"type": "presence_subscribe", "payload": {"user_ids": people}}
+        await websocket.send_message(json.dumps(subscribe))
+        await running.next_query(records.PresenceQuery)
+        watched = [records.Watched(name, UserStatus.ONLINE, 1) for name in people]
+        await running.down(records.PresenceAnswer(number, watched, []))
+        presence = running.gateway.hub.presence
+        await eventually(lambda: presence.told > 200)
+        for seen in range(2, 50):
+            for name in people:
+                change = records.PresenceChange(
+                    UserStatus.OFFLINE if seen % 2 else UserStatus.ONLINE, seen, settled=True
+                )
+                running.gateway.hub.presence_changed(name, change)
+            await trio.lowlevel.checkpoint()
+        told = presence.told
+        assert told < 500 * 49 / 2, "nothing waited: the socket took it all"
+        heard: dict[str, dict[str, Any]] = {}
+        frames = 0
+        while len(heard) < 500 or any(payload["last_seen"] != 49 for payload in heard.values()):
+            payload = (await receive(websocket))["payload"]
+            heard[payload["user_id"]] = payload
+            frames += 1
+        assert {payload["status"] for payload in heard.values()} == {"offline"}
+        assert frames == presence.told
+        assert running.gateway.hub.load == 1
+        stream.socket.close()
+        inner.cancel_scope.cancel()
 
 
 async def test_health_and_metrics_are_served_on_the_same_port(running: Running) -> None:

@@ -195,6 +195,18 @@ def test_presence_subscriptions_share_the_rate_of_lookups() -> None:
     assert (error_of(error).code, error_of(error).in_reply_to) == (ErrorCode.RATE_LIMITED, "presence_subscribe")
 
 
+def test_a_subscription_costs_in_proportion_to_its_people_and_is_never_too_large_to_take() -> None:
+    session = live_session(limits=Limits(lookup_rate=5.0))
+    people = [f"usr_{number}" for number in range(500)]
+    assert isinstance(session.receive(presence_subscribe(*people[:50]), 1.0, WALL_MS)[0], Watch)
+    assert isinstance(session.receive(presence_subscribe(*people), 1.0, WALL_MS)[0], Watch)
+    (error,) = session.receive(presence_subscribe("usr_1"), 1.0, WALL_MS)
+    assert (error_of(error).code, error_of(error).retry_after_ms) == (ErrorCode.RATE_LIMITED, 401)
+    (error,) = session.receive(presence_subscribe("usr_1"), 1.3, WALL_MS)
+    assert error_of(error).code is ErrorCode.RATE_LIMITED
+    assert isinstance(session.receive(presence_subscribe("usr_1"), 1.41, WALL_MS)[0], Watch)
+
+
 # --- migration and revocation ----------------------------------------------------------------------------------------
 
 
