@@ -78,13 +78,17 @@ async def _validity(store: Store, broker: Broker, user_id: str) -> Validity:
     return validity
 
 
-async def revoke_device(store: Store, broker: Broker, user_id: str, device_id: str, now_ms: int) -> bool:
+async def revoke_device(
+    store: Store, broker: Broker, user_id: str, device_id: str, now_ms: int, *, has_token: bool = False
+) -> bool:
     """End a device's session on REST and on every gateway, at once; False for a device that is not there.
+
+    `has_token`: it is there, whether anybody has seen it or not.
 
     Raises StoreUnavailable, BrokerUnavailable: it may have happened; repeat it.
     """
     await hold(broker, user_id)
-    valid_from = await store.devices.revoke(user_id, device_id, moment(now_ms))
+    valid_from = await store.devices.revoke(user_id, device_id, moment(now_ms), has_token=has_token)
     await broker.drop_session(user_id)
     if valid_from is not None:
         await broker.signal_user(user_id, records.Revoked(device_id, _ms(valid_from)))

@@ -147,6 +147,30 @@ async def test_devices_are_revoked_one_by_one_all_others_and_by_logging_out(rest
     assert [item["device_id"] for item in listed.json()["items"]] == ["a"]
 
 
+async def test_a_device_that_never_connected_logs_out_for_good_and_may_keep_itself(rest: Rest, store: Store) -> None:
+    """Its token is the administrator's; no device is written down before it connects or logs in."""
+    user_id, _ = await rest.user("Ann")
+
+    async def issue(device_id: str) -> str:
+        body = {"user_id": user_id, "device_id": device_id}
+        token: str = (await rest.call("POST", "/v1/tokens", rest.admin_token, body)).json()["access_token"]
+        return token
+
+    async def status(token: str) -> int:
+        return (await rest.call("GET", "/v1/users/me", token)).status_code
+
+    phone, laptop, tablet = [await issue(name) for name in ("phone", "laptop", "tablet")]
+    assert (await rest.call("DELETE", "/v1/sessions/current", phone)).status_code == 204
+    assert [await status(token) for token in (phone, laptop, tablet)] == [401, 200, 200]
+    assert (await rest.call("DELETE", "/v1/devices/laptop", laptop)).status_code == 204
+    assert [await status(token) for token in (phone, laptop, tablet)] == [401, 401, 200]
+    assert (await rest.call("DELETE", "/v1/devices?keep=current", tablet)).status_code == 204
+    assert await status(tablet) == 200
+    assert [device.device_id for device in (await store.devices.listed(user_id, "", 10))[0]] == ["tablet"]
+    assert refusal(await rest.call("DELETE", "/v1/devices/teapot", tablet)) == (404, "not_found")
+    assert await status(await issue("phone")) == 200
+
+
 async def test_the_public_keys_are_open_and_may_be_kept(rest: Rest) -> None:
     found = await rest.client.get("/.well-known/jwks.json")
     assert found.status_code == 200

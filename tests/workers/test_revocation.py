@@ -163,11 +163,46 @@ async def test_an_account_has_so_many_devices_and_the_one_seen_longest_ago_goes_
         await log_in(store, device_id, T0 + number)
     assert await store.devices.surplus("ann", "d", 4) == []
     assert await store.devices.surplus("ann", "d", 2) == ["b", "a"]
-    await store.devices.seen("ann", "e", 4, moment(T0), moment(T0))
     await store.devices.seen("ann", "a", 4, moment(T0), moment(T0 + 9))
     shown = {device.device_id: device.last_seen for device in (await store.devices.listed("ann", "", 10))[0]}
     assert shown == {"a": moment(T0 + 9), "b": moment(T0 + 1), "c": moment(T0 + 2), "d": moment(T0 + 3)}
     assert await store.devices.surplus("ann", "d", 2) == ["c", "b"]
+
+
+async def shown_devices(store: Store) -> list[str]:
+    return [device.device_id for device in (await store.devices.listed("ann", "", 100))[0]]
+
+
+async def test_a_device_that_connects_is_listed_however_many_were_before_it(store: Store, broker: Broker) -> None:
+    """With the administrator's tokens: none of these has logged in."""
+    for number in range(40):
+        await store.devices.seen("ann", f"d{number:02}", 4, moment(T0 + number), moment(T0 + number))
+    assert await shown_devices(store) == ["d36", "d37", "d38", "d39"], "those seen last"
+    for name in ("d36", "d37", "d38", "d39"):
+        await revoke_device(store, broker, "ann", name, T0 + 100)
+    await store.devices.seen("ann", "new", 4, moment(T0 + 200), moment(T0 + 200))
+    assert await shown_devices(store) == ["new"], "those that were revoked take no place"
+
+
+async def test_devices_that_logged_in_or_were_revoked_once_make_no_room(store: Store, broker: Broker) -> None:
+    """To forget them would end a session, or make a void token good again."""
+    await log_in(store, "session", T0)
+    await store.devices.seen("ann", "back", 2, moment(T0), moment(T0))
+    await revoke_device(store, broker, "ann", "back", T0 + 1)
+    await store.devices.seen("ann", "back", 2, moment(T0 + 9), moment(T0 + 9))
+    for number in range(5):
+        await store.devices.seen("ann", f"d{number}", 2, moment(T0 + 20 + number), moment(T0 + 20 + number))
+    assert await shown_devices(store) == ["back", "d4", "session"]
+    assert not await is_good(store, broker, "ann", "back", T0)
+    assert await store.devices.session("ses_session") is not None
+
+
+async def test_what_is_remembered_of_an_account_is_bounded(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.store.devices.REMEMBERED", 5)
+    for number in range(9):
+        await store.devices.seen("ann", f"d{number}", 2, moment(T0), moment(T0 + number))
+        await store.devices.revoke("ann", f"d{number}", moment(T0 + number))
+    assert await store.db["devices"].count_documents({"user_id": "ann"}) == 5
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ async def list_devices(
 )
 async def revoke_device(request: CallerRequest, device_id: PathDevice, desk: DeskDependency) -> None:
     """204; its tokens are void, its connections end, its keys are gone. Also for one that was revoked before."""
-    if not await end_device(desk, request.user.user, device_id):
+    if not await end_device(desk, request.user.user, device_id, has_token=device_id == request.user.device_id):
         raise RestError(ErrorCode.NOT_FOUND, "no such device")
 
 
@@ -99,8 +99,11 @@ async def key_devices(desk: Desk, user_id: str) -> list[str]:
     return found
 
 
-async def end_device(desk: Desk, user_id: str, device_id: str) -> bool:
-    """Void a device's tokens, end its connections, drop its keys; False for one that was never there."""
-    there = await revocation.revoke_device(desk.store, desk.broker, user_id, device_id, now_ms())
+async def end_device(desk: Desk, user_id: str, device_id: str, *, has_token: bool = False) -> bool:
+    """Void a device's tokens, end its connections, drop its keys; False for one that was never there.
+
+    `has_token`: it is there, for it asks.
+    """
+    there = await revocation.revoke_device(desk.store, desk.broker, user_id, device_id, now_ms(), has_token=has_token)
     await retire(desk.store, desk.broker, user_id, device_id)
     return there

@@ -229,7 +229,7 @@ async def log_out(request: CallerRequest, desk: DeskDependency) -> None:
     """204; the device's tokens are void and its connections end. 403 for a token that is bound to no device."""
     if request.user.device_id is None:
         raise RestError(ErrorCode.FORBIDDEN, "this token is bound to no device")
-    await end_device(desk, request.user.user, request.user.device_id)
+    await end_device(desk, request.user.user, request.user.device_id, has_token=True)
 
 
 def _new_session(desk: Desk, session_id: str, now: int) -> tuple[str, NewSession]:

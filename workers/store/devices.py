@@ -23,6 +23,9 @@ Document = dict[str, Any]
 _SHOWN: Final[Document] = {"revoked_at": {"$exists": False}}
 _SESSION: Final = dict.fromkeys(("session_id", "refresh_hash", "refresh_expires_at"), "")
 _MILLISECOND: Final = timedelta(milliseconds=1)
+REMEMBERED: Final = 1000
+"""Devices of one account that are known at most, revoked ones of the last year with them: who may name devices at will
+could fill the collection."""
 
 
 class Device(msgspec.Struct, frozen=True):
@@ -137,14 +140,16 @@ class DeviceStore:
 
     # --- revocation --------------------------------------------------------------------------------------------------
 
-    async def revoke(self, user_id: str, device_id: str, now: datetime) -> datetime | None:
+    async def revoke(self, user_id: str, device_id: str, now: datetime, *, has_token: bool = False) -> datetime | None:
         """End a device's session; its access tokens made before the returned time are no longer good.
 
-        None for a device that was never there. Repeating it is harmless: whoever got no answer does.
+        None for a device that was never there; one that `has_token`, which the administrator may have made before
+        anybody saw the device, is written down for it. Repeating it is harmless: whoever got no answer does.
         """
+        update = [_known(user_id, device_id, now), *_revocation(now)] if has_token else _revocation(now)
         with store_errors():
             document = await self._devices.find_one_and_update(
-                {"_id": _name(user_id, device_id)}, _revocation(now), return_document=ReturnDocument.AFTER
+                {"_id": _name(user_id, device_id)}, update, upsert=has_token, return_document=ReturnDocument.AFTER
             )
         if document is None:
             return None
@@ -158,8 +163,9 @@ class DeviceStore:
                 # The device's own time replaces the account's, which is about to move.
                 account = await self._users.find_one({"_id": user_id}, {"tokens_valid_from": 1}) or {}
                 before = account.get("tokens_valid_from", now - timedelta(seconds=LONGEST_TOKEN_SECONDS))
-                own = [{"$set": {"tokens_valid_from": {"$ifNull": ["$tokens_valid_from", before]}}}]
-                await self._devices.update_one({"_id": _name(user_id, keep)}, own)
+                own = {"$set": {"tokens_valid_from": {"$ifNull": ["$tokens_valid_from", before]}}}
+                here = [_known(user_id, keep, now), own]
+                await self._devices.update_one({"_id": _name(user_id, keep)}, here, upsert=True)
             await self._users.update_one({"_id": user_id}, {"$max": {"tokens_valid_from": now + _MILLISECOND}})
             # The revoked ones too: the administrator may have made tokens for them since.
             others: Document = {"user_id": user_id}
@@ -206,19 +212,32 @@ class DeviceStore:
             return [document["device_id"] async for document in found]
 
     async def seen(self, user_id: str, device_id: str, limit: int, issued: datetime, now: datetime) -> None:
-        """A device connected with a token made at `issued`. One that was never heard of is added while there are fewer
-        than `limit`; one that was revoked before that token was made is shown again.
+        """A device connected with a token made at `issued`. One that was revoked before is shown again.
+
+        One that was never heard of is added. Where there are `limit` already, the one that was seen longest ago is
+        forgotten, of those that have no session and were never revoked: nothing is lost with it, and it is added again
+        when it connects.
         """
         name = _name(user_id, device_id)
         good: list[Document] = [{"tokens_valid_from": {"$exists": False}}, {"tokens_valid_from": {"$lte": issued}}]
         here: Document = {"$max": {"last_seen": now}, "$unset": {"revoked_at": "", "forget_at": ""}}
         with store_errors():
             known = await self._devices.update_one({"_id": name, "$or": good}, here)
-            if known.matched_count or await self._devices.count_documents({"user_id": user_id}, limit=limit) >= limit:
+            if known.matched_count:
                 return
-            fresh: Document = {"user_id": user_id, "device_id": device_id, "platform": "", "name": ""}
-            fresh |= {"created_at": now, "last_seen": now}
-            await self._devices.update_one({"_id": name}, {"$setOnInsert": fresh}, upsert=True)
+            if await self._devices.count_documents({"user_id": user_id}, limit=REMEMBERED) >= REMEMBERED:
+                return
+            if await self._devices.count_documents({"user_id": user_id, **_SHOWN}, limit=limit) >= limit:
+                idle = {"user_id": user_id, "session_id": None, "tokens_valid_from": None}
+                await self._devices.find_one_and_delete(idle, sort=[("last_seen", 1)])
+            await self._devices.update_one({"_id": name}, [_known(user_id, device_id, now)], upsert=True)
+
+
+def _known(user_id: str, device_id: str, now: datetime) -> Document:
+    """Written down, where it was not."""
+    fresh: Document = {"platform": "", "name": "", "created_at": now, "last_seen": now}
+    kept = {field: {"$ifNull": [f"${field}", value]} for field, value in fresh.items()}
+    return {"$set": {"user_id": user_id, "device_id": device_id, **kept}}
 
 
 def _revocation(now: datetime) -> list[Document]:
