@@ -12,7 +12,7 @@ import sys
 from typing import Final
 
 COMMANDS: Final[dict[str, tuple[str, str]]] = {
-    "services": ("bench.services", "local Valkey and mongod, until stopped"),
+    "services": ("bench.services_command", "local Valkey, mongod and S3 store, until stopped"),
     "replay": ("bench.replay", "replay real chat logs as groups and check every message"),
     "e2ee": ("bench.e2ee", "end-to-end encryption: Olm and Megolm on a real system, and nothing readable left behind"),
     "direct": ("bench.load", "load: durable 1:1 messages with delivery receipts"),

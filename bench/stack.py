@@ -106,7 +106,7 @@ def run_stack(
     transport: str | Sequence[str] = "epoll",
     settings: Mapping[str, str] | None = None,
     services: Services | None = None,
-    roles: Sequence[str] = ("ingest", "query", "retry"),
+    roles: Sequence[str] = ("ingest", "query"),
     data_dir: Path | None = None,
 ) -> Iterator[Stack]:
     """Run the system until the block ends; yields when every process with a health page says it is ready.

@@ -13,3 +13,7 @@ PUBLIC_JWK: Final = '{"crv":"Ed25519","x":"_o4oMholVIA8rYorw7HPv7PoCR0WMWAU9En_i
 PUBLIC_X: Final = "_o4oMholVIA8rYorw7HPv7PoCR0WMWAU9En_iSZs5x4"
 """The public half itself: the key is recognised by it, whatever else its JWK says."""
 ADMIN_TOKEN: Final = "dev-admin"
+S3_URL: Final = "http://127.0.0.1:8333"
+S3_ACCESS_KEY: Final = "trireme-dev"
+S3_SECRET_KEY: Final = "trireme-dev-secret"
+"""Of the local object store that `bench services` starts."""

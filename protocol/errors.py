@@ -40,9 +40,10 @@ class ErrorCode(StrEnum):
     IDEMPOTENCY_CONFLICT = "idempotency_conflict", False, 409
     RATE_LIMITED = "rate_limited", True, 429
     TOO_LARGE = "too_large", False, 413
+    UPLOAD_INCOMPLETE = "upload_incomplete", False, 422
+    QUOTA_EXCEEDED = "quota_exceeded", False, 507
     STORAGE_UNAVAILABLE = "storage_unavailable", True, 503
     OVERLOADED = "overloaded", True, 503
-    QUEUED_FOR_RETRY = "queued_for_retry", True, 503
     REPLACED = "replaced", False, 409
     SLOW_CONSUMER = "slow_consumer", True, 429
     INTERNAL = "internal", True, 500

@@ -30,9 +30,7 @@ INGEST_CONSUMER = "owner"
 """One fixed consumer name per shard: the owner of the moment reads as it, so pending entries follow the shard."""
 QUERY_GROUP = "query"
 FIELD = b"r"
-"""The field of a stream entry: the encoded record."""
-LETTER_FIELD = b"l"
-"""A second one, where the entry is the replay of a dead letter: that letter's id."""
+"""The one field of a stream entry: the encoded record."""
 
 CONNECTION_TTL_SECONDS = 3600
 PRESENCE_TTL_SECONDS = 300
@@ -48,15 +46,6 @@ INBOX_LIMIT = 10_000
 def ingest(shard: int) -> str:
     """stream, owned by the holder of the shard's lease; trimmed by MINID behind the last acknowledged entry."""
     return f"ingest:{shard}"
-
-
-def trials(shard: int) -> str:
-    """hash entry id → how often the owner has tried this entry alone and not come back; a day. Empty but for entries
-    whose readers died."""
-    return f"trials:{shard}"
-
-
-TRIALS_TTL_SECONDS = 86_400
 
 
 def lease(shard: int) -> str:

@@ -12,11 +12,11 @@ import msgspec
 
 from protocol.codec import MAX_CONTENT_BYTES, MAX_FRAME_BYTES
 from protocol.errors import ErrorCode
+from protocol.media import KINDS
 from protocol.models import MessagePayload, MessageType
 
 _HOUSEHOLD: Final = 64
 """Bits of an IPv6 address that a household gets; whoever has one has 2^64 addresses."""
-_MEDIA: Final = frozenset((MessageType.IMAGE, MessageType.VIDEO, MessageType.AUDIO, MessageType.DOCUMENT))
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,6 +116,11 @@ def check_message(payload: MessagePayload, limits: Limits) -> tuple[ErrorCode, s
         return unfit
     if kind is MessageType.SYSTEM:
         return ErrorCode.FORBIDDEN, "system messages come from the server only"
-    if kind in _MEDIA and not content and not payload.media_url:
+    if kind not in KINDS:
+        if payload.media_url is not None:
+            return ErrorCode.VALIDATION_FAILED, f"a {kind.value} message carries no media_url"
+        if not content:
+            return ErrorCode.VALIDATION_FAILED, f"a {kind.value} message needs content"
+    elif not content and payload.media_url is None:
         return ErrorCode.VALIDATION_FAILED, "a media message needs media_url or content"
     return None

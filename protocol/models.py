@@ -19,6 +19,8 @@ Id = Annotated[str, Meta(min_length=1, max_length=64)]
 IdempotencyKeyText = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"\A[A-Za-z0-9._:-]+\Z")]
 EpochMs = Annotated[int, Meta(ge=0, le=253_402_300_799_999)]
 """Milliseconds since 1970; the upper end is the last one of the year 9999, the last that a `datetime` holds."""
+MediaUrl = Annotated[str, Meta(pattern=r"\A/v1/media/med_[0-9a-f]{27}\Z")]
+"""A medium of this system, by its path in the HTTP API (`protocol.media`): no message names a host."""
 Sequence = Annotated[int, Meta(ge=1, le=2**53)]
 GROUP_LIMIT = 100
 """Most participants of a group conversation (seed, "Group Chat Support")."""
@@ -186,7 +188,7 @@ class MessagePayload(msgspec.Struct, kw_only=True, frozen=True, gc=False):
     receiver_id: Annotated[str, Meta(max_length=64)] = ""
     content: str
     message_type: MessageType = msgspec.field(name="type")
-    media_url: Annotated[str, Meta(max_length=2048)] | None = None
+    media_url: MediaUrl | None = None
     reply_to_message_id: Id | None = None
     timestamp: EpochMs
     forwarded: bool = False
@@ -270,23 +272,11 @@ class SequenceNumber(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class DeadLetterQueueEntry(msgspec.Struct, kw_only=True, frozen=True):
-    """A record that cannot succeed now for its own reason. `raw`: its bytes, as they lay in shard `shard`.
-
-    `_id` is the hash of what makes two records the same one (conversation, sender and key of a message), or of stream
-    and entry where the bytes could not be read. `message`, `conversation_id`, `sender_id` and `idempotency_key` are of
-    those that could be. `next_retry_at`: when it is tried next without anybody's doing (null: it waits for a person);
-    while retrying, when it is tried again should nothing be heard of this try.
-
-    `refused_at`: since then its sender may have been told for good that it failed; it is never replayed.
-    """
+    """A record that cannot succeed now for its own reason. `raw` holds the bytes of one that could not be decoded."""
 
     id: str | UnsetType = msgspec.field(name="_id", default=UNSET)
     message: StoredMessage | UnsetType = UNSET
     raw: bytes | UnsetType = UNSET
-    shard: int | UnsetType = UNSET
-    conversation_id: str | UnsetType = UNSET
-    sender_id: str | UnsetType = UNSET
-    idempotency_key: str | UnsetType = UNSET
     error: str
     error_type: DLQErrorType
     retry_count: int
@@ -297,7 +287,6 @@ class DeadLetterQueueEntry(msgspec.Struct, kw_only=True, frozen=True):
     status: DLQStatus
     resolved_at: datetime | UnsetType = UNSET
     resolved_reason: str | UnsetType = UNSET
-    refused_at: datetime | UnsetType = UNSET
     expires_at: datetime
 
 

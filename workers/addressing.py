@@ -5,15 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from protocol.errors import ErrorCode
+from protocol.media import KINDS
 from workers.groups import Refused
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from collections.abc import Set as AbstractSet
 
+    from protocol.media import MediaKind
     from protocol.records import SendMessage
     from workers.conversations import Owned
     from workers.receipts import Place
+    from workers.store.media import Use
 
 
 def check_addressing(
@@ -40,6 +43,16 @@ def check_addressing(
             or record.reply_to_message_id in gone
         ):
             return _unfit("reply_to_message_id is not a message of this conversation")
+    return None
+
+
+def check_media(record: SendMessage, media_url: str, usable: Mapping[Use, MediaKind]) -> Refused | None:
+    """Is it the sender's own finished upload, or one that a message shows them, of the kind the message says?"""
+    kind = usable.get((record.sender_id, media_url))
+    if kind is None:
+        return _unfit("media_url is not a finished upload that the sender may use")
+    if kind is not KINDS.get(record.message_type):
+        return _unfit(f"media_url is of kind {kind.value}")
     return None
 
 

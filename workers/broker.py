@@ -49,20 +49,11 @@ class GroupMissing(Exception):
 
 
 class StreamEntry(NamedTuple):
-    """One ingest entry. `payload` is None where somebody trimmed it while it was pending. `letter_id`: the dead letter
-    that it is a replay of, "" for what came from a client."""
+    """One ingest entry. `payload` is None where somebody trimmed it while it was pending."""
 
     shard: int
     entry_id: bytes
     payload: bytes | None
-    letter_id: str = ""
-
-
-class Delivered(NamedTuple):
-    """A pending entry and how often it was handed to an owner; each time but the last without an acknowledgement."""
-
-    entry_id: bytes
-    times: int
 
 
 class Settlement(NamedTuple):
@@ -116,8 +107,8 @@ class Broker:
 
     def __init__(self, client: redis.asyncio.Redis) -> None:
         self.client = client
-        for command in ("XREADGROUP", "XREAD", "XRANGE", "XPENDING"):
-            client.set_response_callback(command, _as_it_comes)
+        client.set_response_callback("XREADGROUP", _as_it_comes)
+        client.set_response_callback("XREAD", _as_it_comes)
         # One name for the library's untyped method.
         self._execute: Callable[..., Awaitable[Any]] = client.execute_command
         self._settle = client.register_script((LUA / "settle.lua").read_bytes())
@@ -158,12 +149,6 @@ class Broker:
         """Append a record to its shard."""
         await self._run("XADD", keys.ingest(shard), "*", keys.FIELD, codec.encode_record(record))
 
-    async def append_replay(self, shard: int, payload: bytes, letter_id: str) -> None:
-        """Append what a dead letter holds to its shard again, byte for byte."""
-        await self._run(
-            "XADD", keys.ingest(shard), "*", keys.FIELD, payload, keys.LETTER_FIELD, letter_id.encode()
-        )  # fmt: skip
-
     async def create_ingest_groups(self, shards: Iterable[int]) -> None:
         """Make stream and group of each shard where they are missing; the group starts at the stream's beginning."""
         for shard in shards:
@@ -197,31 +182,6 @@ class Broker:
             "COUNT", count, "STREAMS", keys.ingest(shard), after,
         )  # fmt: skip
         return _entries(reply)
-
-    async def pending(self, shard: int, after: bytes, count: int) -> list[Delivered]:
-        """The first entries of a shard behind an id (b"0" for all) that were read and not acknowledged. Looking at them
-        counts as no delivery."""
-        start = b"-" if after == b"0" else b"(" + after
-        reply = await self._run("XPENDING", keys.ingest(shard), keys.INGEST_GROUP, start, "+", count)
-        return [Delivered(row[0], int(row[3])) for row in reply]
-
-    async def read_entry(self, shard: int, entry_id: bytes) -> StreamEntry:
-        """One entry, without it being delivered to anybody."""
-        reply = await self._run("XRANGE", keys.ingest(shard), entry_id, entry_id)
-        return _unusual_entry(shard, entry_id, reply[0][1] if reply else None)
-
-    async def begin_trial(self, shard: int, entry_id: bytes) -> None:
-        """An entry whose readers died is tried alone; `end_trial` says that this time nobody did."""
-        await self._run("HINCRBY", keys.trials(shard), entry_id, 1)
-        await self._run("EXPIRE", keys.trials(shard), keys.TRIALS_TTL_SECONDS)
-
-    async def trials(self, shard: int, entry_id: bytes) -> int:
-        """How often this entry was tried alone by somebody who never came back."""
-        return int(await self._run("HGET", keys.trials(shard), entry_id) or 0)
-
-    async def end_trial(self, shard: int, entry_id: bytes) -> None:
-        """The trial ended without harm, or the entry is gone."""
-        await self._run("HDEL", keys.trials(shard), entry_id)
 
     async def publish_and_settle(
         self,
@@ -535,18 +495,8 @@ def _entries(reply: Any) -> list[StreamEntry]:
     for stream, items in reply or ():
         shard = int(stream[stream.rindex(b":") + 1 :])
         for entry_id, fields in items:
-            if fields is not None and len(fields) == 2:
-                entries.append(StreamEntry(shard, entry_id, fields[1]))
-            else:
-                entries.append(_unusual_entry(shard, entry_id, fields))
+            entries.append(StreamEntry(shard, entry_id, fields[1] if fields else None))
     return entries
-
-
-def _unusual_entry(shard: int, entry_id: bytes, fields: list[bytes] | None) -> StreamEntry:
-    """Trimmed while it was pending, or the replay of a dead letter."""
-    named = dict(zip(fields[::2], fields[1::2], strict=False)) if fields else {}
-    letter_id = named.get(keys.LETTER_FIELD, b"").decode(errors="replace")
-    return StreamEntry(shard, entry_id, named.get(keys.FIELD), letter_id)
 
 
 def _down_command(instance_id: str, payload: bytes) -> tuple[Any, ...]:

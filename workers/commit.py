@@ -15,18 +15,20 @@ import anyio
 import structlog
 
 from protocol import records
+from protocol.errors import ErrorCode
 from protocol.models import DLQErrorType, MessageType
 from workers import metrics
+from workers.dead_letters import dead_letter, dead_letter_id, unplaced
+from workers.outcomes import refused
 from workers.plan import Entry, Plan, Planner, Read
 from workers.receipts import Place, RecentPlaces
 from workers.store.errors import StoreUnavailable
-from workers.store.messages import DocumentRefused, Found, Key, KeyTaken, SequenceTaken
+from workers.store.messages import DocumentRefused, Found, Key, KeyTaken, SequenceTaken, from_ms
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from workers.conversations import Conversations, Owned
-    from workers.dead_letters import DeadLetters
     from workers.store import Store
 
 FIRST_BACKOFF_SECONDS = 0.1
@@ -44,16 +46,8 @@ class Committer:
     leases.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        conversations: Conversations,
-        recent: RecentPlaces,
-        dead_letters: DeadLetters,
-        edit_seconds: int,
-    ) -> None:
+    def __init__(self, store: Store, conversations: Conversations, recent: RecentPlaces, edit_seconds: int) -> None:
         self._store = store
-        self._dead_letters = dead_letters
         self._conversations = conversations
         self._recent_places = recent
         self._planner = Planner(conversations, edit_seconds)
@@ -80,7 +74,6 @@ class Committer:
                 await self._project(plan)
                 plan.outcomes += buried
                 self._remember(batch, plan)
-                await self._dead_letters.settle(batch, plan, now_ms)
                 return plan
             except KeyTaken:
                 metrics.COMMIT_RETRIES.labels("key_taken").inc()
@@ -93,7 +86,8 @@ class Committer:
                 metrics.COMMIT_RETRIES.labels("document_refused").inc()
                 message_id = plan.documents[error.index]["_id"]
                 entry = next(entry for entry in batch if entry.message_id == message_id)
-                buried += await self._dead_letters.bury(batch, entry, str(error), DLQErrorType.STORAGE_FAILED, now_ms)
+                buried.append(await self.bury(entry, str(error), now_ms))
+                batch.remove(entry)
             except StoreUnavailable as error:
                 metrics.COMMIT_RETRIES.labels("outcome_unknown").inc()
                 log.warning("commit_outcome_unknown", error=str(error)[:200], retry_seconds=backoff)
@@ -122,9 +116,15 @@ class Committer:
         replies = await self._find_reply_targets(batch)
         changed = {entry.record.message_id for entry in batch if isinstance(entry.record, records.ChangeMessage)}
         targets = await self._store.changes.targets(list(changed)) if changed else {}
+        uses = [
+            (entry.record.sender_id, entry.record.media_url)
+            for entry in batch
+            if isinstance(entry.record, records.SendMessage) and entry.record.media_url is not None
+        ]
+        media = await self._store.media.usable(uses, from_ms(now_ms)) if uses else {}
         joining = {user_id for entry in batch for user_id in _who_may_join(entry.record)}
         hiding = await self._store.conversations.hiding(joining) if joining else frozenset()
-        plan = self._planner.plan(batch, Read(found, replies, targets, hiding), now_ms)
+        plan = self._planner.plan(batch, Read(found, replies, targets, media, hiding), now_ms)
         if plan.doubts:
             # One read for all of them, however many are refused; none for what is accepted: its insert would notice.
             keys = [] if look_up else [doubt.entry.key for doubt in plan.doubts]
@@ -181,6 +181,24 @@ class Committer:
             self._conversations.lazy[key] = sender
             if reads_others:
                 self._conversations.replied.add(key)
+
+    async def bury(self, entry: Entry, reason: str, now_ms: int) -> tuple[str, records.DownItem]:
+        """A message the store refuses for its own reason becomes a dead letter; returns what its sender is told."""
+        record = entry.record
+        message = None
+        if isinstance(record, records.SendMessage):
+            message = unplaced(record, entry.message_id, now_ms)
+        await self._store.messages.bury(
+            dead_letter_id(*entry.key), dead_letter(reason, DLQErrorType.STORAGE_FAILED, now_ms, message=message)
+        )
+        metrics.INGESTED.labels("dead_letter").inc()
+        log.error("message_buried", conversation_id=entry.conversation_id, reason=reason[:200])
+        if isinstance(record, records.SendMessage | records.ChangeMessage):
+            return refused(record, ErrorCode.VALIDATION_FAILED, "the message cannot be stored")
+        assert not isinstance(record, records.SetMember), "it has no document"
+        return record.instance, records.CommandOutcome(
+            record.request, ErrorCode.VALIDATION_FAILED, "the command cannot be stored", b""
+        )
 
 
 def _who_may_join(record: records.LogRecord) -> Sequence[str]:

@@ -32,9 +32,8 @@ async def run(settings: Settings, store: Store, broker: Broker, stopping: anyio.
     """Own a share of the shards until `stopping`; then finish what was read, flush, and release the leases."""
     worker_id = f"worker-{secrets.token_hex(6)}"
     registry = Registry(broker)
-    trial = anyio.Lock()
     lanes = [
-        Lane(store, broker, registry, settings.batch, settings.shards, settings.edit_seconds, trial)
+        Lane(store, broker, registry, settings.batch, settings.shards, settings.edit_seconds)
         for _ in range(settings.lanes)
     ]
 

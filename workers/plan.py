@@ -27,7 +27,7 @@ from protocol.models import (
 )
 from protocol.watermarks import chain_digest, content_hash, message_status
 from workers import changes, drafts, groups, metrics, notices
-from workers.addressing import check_addressing
+from workers.addressing import check_addressing, check_media
 from workers.conversations import Conversations, Owned
 from workers.delivery import Committed
 from workers.drafts import Draft
@@ -40,27 +40,25 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from datetime import datetime
 
+    from protocol.media import MediaKind
     from workers.receipts import Place
     from workers.store.changes import Target
+    from workers.store.media import Use
 
 RECENT_KEYS = 50_000
 """Keys remembered per generation, two generations (about 300 bytes each); the unique index catches the rest."""
 
 
 class Entry:
-    """One log entry of a batch, with the message id it keeps through every attempt. `letter_id`: the dead letter that
-    this entry is a replay of."""
+    """One log entry of a batch, with the message id it keeps through every attempt."""
 
-    __slots__ = ("entry_id", "letter_id", "message_id", "record", "redelivered", "shard")
+    __slots__ = ("entry_id", "message_id", "record", "redelivered", "shard")
 
-    def __init__(
-        self, shard: int, entry_id: bytes, record: records.LogRecord, redelivered: bool, letter_id: str = ""
-    ) -> None:
+    def __init__(self, shard: int, entry_id: bytes, record: records.LogRecord, redelivered: bool) -> None:
         self.shard = shard
         self.entry_id = entry_id
         self.record = record
         self.redelivered = redelivered
-        self.letter_id = letter_id
         self.message_id = ""
 
     @property
@@ -88,6 +86,7 @@ class Read(NamedTuple):
     found: dict[Key, Found]
     replies: dict[str, Place]
     targets: dict[str, Target]
+    media: Mapping[Use, MediaKind]
     hiding: frozenset[str] = frozenset()
 
 
@@ -136,8 +135,6 @@ class Plan:
         """Entries without a document: refused, or asking for what is so. Nothing would tell the next owner how they
         were decided, so they are acknowledged before anybody hears of it, and decided once."""
         self.has_unwritten = False
-        self.rejected: list[tuple[records.LogRecord, groups.Refused]] = []
-        """What is not to be, and why: a replay among them has had its chance."""
         self.projections: dict[str, tuple[Owned, Projection]] = {}
         self.found: dict[str, bool] = {}
         """Conversations of entries that had their place already → is one of them no change of a message? Nobody may
@@ -188,7 +185,7 @@ class Planner:
         for entry in batch:
             record = entry.record
             if isinstance(record, records.SendMessage):
-                self._plan_message(entry, record, plan, read.replies, now_ms)
+                self._plan_message(entry, record, plan, read, now_ms)
             elif isinstance(record, records.ChangeMessage):
                 self._plan_change(entry, record, plan, read.targets, now_ms)
             elif isinstance(record, records.SetMember):
@@ -231,7 +228,7 @@ class Planner:
         entry: Entry,
         record: records.SendMessage,
         plan: Plan,
-        replies: dict[str, Place],
+        read: Read,
         now_ms: int,
     ) -> None:
         owned = self._conversations.get(record.conversation_id)
@@ -243,8 +240,10 @@ class Planner:
         member = owned.members.get(record.sender_id)
         refusal: groups.Refused | None = _NO_CONVERSATION
         if member is not None:
-            refusal = groups.check_speech(owned, member, now_ms) or check_addressing(
-                record, owned, member.join_seq, replies, plan.deleted
+            refusal = (
+                groups.check_speech(owned, member, now_ms)
+                or check_addressing(record, owned, member.join_seq, read.replies, plan.deleted)
+                or (None if record.media_url is None else check_media(record, record.media_url, read.media))
             )
         if refusal is not None:
             plan.doubts.append(Doubt(entry, record, refusal, len(plan.outcomes)))
@@ -349,7 +348,6 @@ class Planner:
     def _reject(record: Asked, plan: Plan, why: groups.Refused) -> None:
         plan.has_unwritten = True
         metrics.INGESTED.labels("rejected").inc()
-        plan.rejected.append((record, why))
         plan.outcomes.append(refused(record, why.code, why.message))
 
     # --- changes of messages -----------------------------------------------------------------------------------------
@@ -542,7 +540,6 @@ class Planner:
     def _refuse(record: records.GroupCommand, plan: Plan, refused: groups.Refused) -> None:
         metrics.INGESTED.labels("rejected").inc()
         plan.has_unwritten = True
-        plan.rejected.append((record, refused))
         plan.outcomes.append(
             (record.instance, records.CommandOutcome(record.request, refused.code, refused.message, b""))
         )

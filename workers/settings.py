@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 PREFIX: Final = "TRIREME_"
 DEV: Final = "dev"
 
+MEBIBYTE: Final = 2**20
 LONGEST_TOKEN_SECONDS: Final = 366 * 86_400
 """So long must it be remembered that a device was revoked."""
 Port = Annotated[int, Meta(ge=1, le=65535)]
@@ -28,6 +29,9 @@ _DEV_DEFAULTS: Final = {
     "admin_token": dev_keys.ADMIN_TOKEN,
     "jwt_private_key": dev_keys.PRIVATE_JWK,
     "verification_sender": "log",
+    "s3_url": dev_keys.S3_URL,
+    "s3_access_key": dev_keys.S3_ACCESS_KEY,
+    "s3_secret_key": dev_keys.S3_SECRET_KEY,
 }
 """Where `bench services` listens, and the public dev secrets. No other environment has them."""
 _NEEDED_BY_ALL: Final = ("redis_url", "mongodb_url")
@@ -116,6 +120,22 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     message_rate: Annotated[float, Meta(gt=0, le=1_000_000)] = 20.0
     """Sends and changes of messages per user and second over REST: the gateway's own settings, of the same names."""
     message_burst: Annotated[int, Meta(ge=1, le=1_000_000)] = 60
+    s3_url: Annotated[str, Meta(pattern=r"\A(https?://[^/\s?#]+/?)?\Z")] = ""
+    """Where media lie: an S3 store. Empty: this installation has no media."""
+    s3_public_url: Annotated[str, Meta(pattern=r"\A(https?://[^/\s?#]+/?)?\Z")] = ""
+    """How clients reach it; `s3_url` when empty."""
+    s3_access_key: str = ""
+    s3_secret_key: str = ""
+    s3_bucket: Annotated[str, Meta(pattern=r"\A[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]\Z")] = "trireme"
+    s3_region: Annotated[str, Meta(pattern=r"\A[a-z0-9-]{1,32}\Z")] = "us-east-1"
+    media_max_bytes: Annotated[int, Meta(ge=1, le=2**40)] = 512 * MEBIBYTE
+    """The largest upload."""
+    media_quota_bytes: Annotated[int, Meta(ge=1, le=2**50)] = 1024 * MEBIBYTE
+    """What one user's uploads may take together."""
+    media_uploads_per_hour: Annotated[int, Meta(ge=1, le=1_000_000)] = 100
+    """Uploads one user begins."""
+    media_orphan_seconds: Annotated[int, Meta(ge=1, le=31_536_000)] = 86_400
+    """An upload that no message carries is deleted after so long."""
     worker_metrics_port: Port | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
@@ -145,6 +165,10 @@ def load_settings(environ: Mapping[str, str], roles: Iterable[str]) -> Settings:
     private = _private_jwks(settings.jwt_private_key) if settings.jwt_private_key else []
     if settings.env != DEV:
         _check_secrets(settings, private)
+    if settings.s3_url:
+        for name in ("s3_access_key", "s3_secret_key"):
+            if name not in values:
+                raise SettingError(f"{PREFIX}{name.upper()} is not set: it opens the store of TRIREME_S3_URL")
     if settings.verification_sender == "webhook":
         for name in ("verification_webhook_url", "verification_webhook_secret"):
             if name not in values:
@@ -170,5 +194,7 @@ def _check_secrets(settings: Settings, private: list[_PrivateJwk]) -> None:
         raise SettingError(f"{PREFIX}ADMIN_TOKEN is the public dev token; choose another one")
     if any(jwk.x == dev_keys.PUBLIC_X for jwk in private):
         raise SettingError(f"{PREFIX}JWT_PRIVATE_KEY is the public dev key; make another one: python -m workers keygen")
+    if settings.s3_secret_key == dev_keys.S3_SECRET_KEY:
+        raise SettingError(f"{PREFIX}S3_SECRET_KEY is the public dev key; choose another one")
     if settings.verification_sender == "log":
         raise SettingError(f"{PREFIX}VERIFICATION_SENDER writes codes where many read them; choose webhook or none")

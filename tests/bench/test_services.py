@@ -15,7 +15,8 @@ import pytest
 import redis
 from pymongo import WriteConcern
 
-from bench.services import DEFAULT_REDIS_PORT, Services, explain_failure, port_is_taken, run_services
+from bench.services import Services, explain_failure, port_is_taken, run_services
+from bench.services_command import DEFAULT_REDIS_PORT
 
 _HOLD = """
 import sys, time

@@ -55,7 +55,7 @@ client_frames: st.SearchStrategy[frames.ClientFrame] = st.one_of(
             receiver_id=st.text(CHARACTERS, max_size=64),
             content=contents,
             message_type=st.sampled_from(MessageType),
-            media_url=st.none() | labels,
+            media_url=st.none() | st.just("/v1/media/med_" + "0" * 27),
             reply_to_message_id=st.none() | ids,
             timestamp=times,
         ),

@@ -248,9 +248,11 @@ def test_w79_a_full_window_blocks_until_an_outcome() -> None:
         (message(content="x" * 49_153), ErrorCode.TOO_LARGE),
         (message(content=""), ErrorCode.VALIDATION_FAILED),
         (message(content="", kind=MessageType.IMAGE), ErrorCode.VALIDATION_FAILED),
-        (message(content="", kind=MessageType.VIDEO, media_url="/v1/media/1"), None),
+        (message(content="", kind=MessageType.VIDEO, media_url="/v1/media/med_" + "0" * 27), None),
         (message(content="{}", kind=MessageType.SYSTEM), ErrorCode.FORBIDDEN),
-        (message(content="", kind=MessageType.LOCATION), None),
+        (message(content="", kind=MessageType.LOCATION), ErrorCode.VALIDATION_FAILED),
+        (message(content="48.1 11.6", kind=MessageType.LOCATION), None),
+        (message(media_url="/v1/media/med_" + "0" * 27), ErrorCode.VALIDATION_FAILED),
     ],
 )
 def test_w67_w68_what_a_message_may_hold(frame: frames.Message, code: ErrorCode | None) -> None:

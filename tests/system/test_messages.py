@@ -126,7 +126,13 @@ async def test_messages_disappear_and_the_rest_is_found_by_metadata(house: House
             answer: Any = await people.api.call("GET", f"{where}/search?{query}", people.tokens[caller])
             return [found["_id"] for found in answer["items"]]
 
-        picture = await send("", type=MessageType.IMAGE.value, media_url="https://example.org/1")
+        media_id = "med_" + "1" * 27
+        with house.database() as database:
+            # A finished upload, as `test_media.py` makes one.
+            database["media_metadata"].insert_one(
+                {"_id": media_id, "owner_id": ann, "status": "ready", "kind": "image"}
+            )
+        picture = await send("", type=MessageType.IMAGE.value, media_url=f"/v1/media/{media_id}")
         forwarded = await send("look", forwarded=True)
         answered = await send("nice", reply_to_message_id=picture)
         for where in (path, "/v1"):

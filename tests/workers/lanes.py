@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import secrets
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import msgspec
 
 from protocol import codec, keys, records
+from protocol.media import MediaKind, MediaMetadata, MediaStatus, url_of
 from protocol.models import ConnectionRegistry, ConversationType, MessageType, StoredMessage
 from workers.consumer import BLOCK_MS, Lane
 from workers.delivery import Registry
@@ -83,6 +86,24 @@ class Yard:
             "timestamp": 1_700_000_000_000,
         }
         await self.put(records.SendMessage(**{**fields, **changes}), conversation_id)  # type: ignore[arg-type]
+
+    async def upload(self, owner: str, kind: MediaKind = MediaKind.IMAGE) -> str:
+        """A finished upload; its url."""
+        now = datetime.now(UTC)
+        media = MediaMetadata(
+            media_id=keys.new_id("med", 1, secrets.randbits(64)),
+            owner_id=owner,
+            kind=kind,
+            content_type="application/octet-stream",
+            size_bytes=1,
+            sha256="0" * 64,
+            status=MediaStatus.READY,
+            created_at=now,
+            due_at=now + timedelta(days=1),
+            expires_at=now + timedelta(days=90),
+        )
+        assert await self.store.media.begin(media, 2**30)
+        return url_of(media.media_id)
 
     async def create(self, *participants: str, kind: ConversationType = ConversationType.ONE_TO_ONE) -> str:
         """Ask for a conversation; returns its id at once."""

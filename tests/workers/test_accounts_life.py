@@ -10,7 +10,6 @@ import pytest
 
 from protocol import codec, keys, records
 from protocol.models import EventKind
-from protocol.prekeys import SignedKey
 from tests.workers.residents import code_for, log_in
 from tests.workers.seeding import Rest, membership, refusal
 from workers.codes import Codes
@@ -19,8 +18,6 @@ from workers.rest import export, upkeep
 from workers.rest.desk import Desk, now_ms
 from workers.rest.shapes import moment_at
 from workers.senders import NoSender
-from workers.store.device_keys import Identity
-from workers.store.devices import NewSession
 from workers.store.users import DELETION
 from workers.tokens import Tokens
 
@@ -40,9 +37,8 @@ async def desk(settings: Settings, store: Store, broker: Broker, rest: Rest) -> 
     instance = Instance(broker, "rest_second", records.InstanceInfo("rest", "http://second", 0, False))
     async with anyio.create_task_group() as group:
         await group.start(instance.run)
-        yield Desk(
-            settings, store, broker, instance, Tokens(settings.jwt_private_key), Codes(settings, store, NoSender())
-        )
+        codes = Codes(settings, store, NoSender())
+        yield Desk(settings, store, broker, instance, Tokens(settings.jwt_private_key), codes, None)
         group.cancel_scope.cancel()
 
 
@@ -193,34 +189,6 @@ async def test_a_deleted_account_is_gone_and_its_phone_begins_anew(rest: Rest, s
     assert again.user_id != ann.user_id
 
 
-async def test_what_outlasts_a_deletion_is_refused_and_what_slipped_in_is_gone_a_minute_later(
-    rest: Rest, store: Store, desk: Desk
-) -> None:
-    ann = await log_in(rest, phone="+49301234567")
-    bob_id, _ = await rest.user("Bob")
-
-    async def delete() -> None:
-        proof = await code_for(rest, phone="+49301234567")
-        begun = await rest.call("POST", "/v1/users/me/deletion", ann.access_token, proof)
-        assert begun.json()["finished"] is True
-
-    body = {"type": "1:1", "participants": [bob_id]}
-    held = await rest.hold("POST", "/v1/conversations", ann.access_token, body, delete)
-    assert refusal(held) == (401, "revoked")
-    assert await store.db["memberships"].count_documents({"user_id": ann.user_id}) == 0
-    # Requests that were past every look: a login, a block, an upload.
-    now = moment_at(now_ms())
-    await store.devices.log_in(ann.user_id, "phone-2", "", "", NewSession("ses_late", b"hash", now), now)
-    await store.blocks.block(ann.user_id, bob_id, now)
-    signed = SignedKey("fallback", "A" * 43, "A" * 86)
-    await store.device_keys.put(ann.user_id, "phone-2", Identity("A" * 43, "A" * 43, signed), now, 10)
-    assert not await upkeep.finish_one(desk, 60), "requests may still be under way"
-    assert await upkeep.finish_one(desk, -1)
-    assert not await upkeep.finish_one(desk, -1)
-    for collection in ("devices", "blocks", "device_keys"):
-        assert await store.db[collection].count_documents({"user_id": ann.user_id}) == 0, collection
-
-
 async def test_a_deletion_that_dies_after_any_step_is_finished_by_another_process(
     rest: Rest, store: Store, desk: Desk
 ) -> None:
@@ -234,7 +202,6 @@ async def test_a_deletion_that_dies_after_any_step_is_finished_by_another_proces
             await step(desk, ann.user_id)
         assert not await upkeep.finish_one(desk, 60), "its process may be at it still"
         assert await upkeep.finish_one(desk, -1)
-        assert await upkeep.finish_one(desk, -1), "once more, for what was under way"
         assert not await upkeep.finish_one(desk, -1)
         assert refusal(await rest.call("GET", "/v1/users/me", ann.access_token)) == (401, "revoked")
         for collection in ("devices", "blocks", "device_keys"):

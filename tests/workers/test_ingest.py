@@ -289,11 +289,10 @@ async def test_a_batch_that_fails_for_an_unforeseen_reason_buries_only_the_culpr
         conv = await yard.create("ann", "bob")
         for number in range(6):
             await yard.send(conv, "ann", f"k{number}", content="poison" if number == 3 else "fine")
-        answers = await yard.acks(6)
+        acks = await yard.acks(5)
         await eventually(lambda: settled(yard))
         stored = await yard.log(conv)
     assert [m["sequence_number"] for m in stored] == [1, 2, 3, 4, 5]
-    acks = [answer for answer in answers if answer["type"] == "message_ack"]
     assert sorted(a["payload"]["sequence_number"] for a in acks) == [1, 2, 3, 4, 5]
     letters = await yard.store.db["dead_letter_queue"].find().to_list()
     assert len(letters) == 1
@@ -314,34 +313,6 @@ async def test_redis_coming_back_empty_loses_no_committed_message_and_no_number(
         again, second = await yard.acks(2)
     assert again["payload"]["sequence_number"] == 1
     assert second["payload"]["sequence_number"] == 2
-
-
-async def test_a_worker_outlives_a_flush_while_its_leases_move(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
-    """FLUSHALL takes the leases too: others may take shards while this lane makes its streams again."""
-    create = yard.broker._create_group
-    async with run_lane(yard) as lane:
-        conv = await yard.create("ann", "bob")
-        await yard.send(conv, "ann", "k1")
-        await yard.acks(1)
-        home = frozenset({keys.shard_of(conv, SHARDS)})
-
-        async def create_while_leases_move(stream: str, group: str) -> None:
-            lane.set_shards(home)
-            await create(stream, group)
-
-        monkeypatch.setattr(yard.broker, "_create_group", create_while_leases_move)
-        await yard.broker.client.flushall()
-
-        async def is_back() -> bool:
-            return bool(await yard.broker.client.exists(*(keys.ingest(shard) for shard in home)))
-
-        await eventually(is_back)
-        monkeypatch.setattr(yard.broker, "_create_group", create)
-        await yard.open()
-        yard.down.clear()
-        await yard.send(conv, "ann", "k2")
-        (ack,) = await yard.acks(1)
-    assert ack["payload"]["sequence_number"] == 2
 
 
 async def test_entries_whose_read_reply_was_lost_are_found_among_the_pending(

@@ -76,7 +76,9 @@ async def test_the_chain_holds_over_what_changed_content(yard: Yard) -> None:
 async def test_deleting_for_all_leaves_a_place_and_no_content_anywhere(yard: Yard) -> None:
     async with run_lane(yard):
         conv = await yard.create("ann", "bob")
-        target = await yard.said(conv, "ann", "k1", "secret one", media_url="https://media.example/1")
+        target = await yard.said(
+            conv, "ann", "k1", "secret one", message_type=MessageType.IMAGE, media_url=await yard.upload("ann")
+        )
         edit = await yard.changed(conv, "ann", "e1", target, records.Edit("secret two"))
         ack = await yard.changed(conv, "ann", "d1", target, FOR_ALL)
         stored = await yard.log(conv)
@@ -242,7 +244,7 @@ async def test_media_without_content_has_nothing_to_edit(yard: Yard) -> None:
     async with run_lane(yard):
         conv = await yard.create("ann", "bob")
         target = await yard.said(
-            conv, "ann", "k1", "", message_type=MessageType.IMAGE, media_url="https://media.example/1"
+            conv, "ann", "k1", "", message_type=MessageType.IMAGE, media_url=await yard.upload("ann")
         )
         answer = await yard.changed(conv, "ann", "e1", target, records.Edit("caption"))
     assert answer["code"] == "validation_failed"
@@ -269,19 +271,20 @@ async def test_a_retry_after_an_edit_or_deletion_keeps_its_ack_and_brings_nothin
     """In memory and after a take-over: the fingerprint is of what was sent, and nobody gets the old content again."""
     async with run_lane(yard):
         conv = await yard.create("ann", "bob")
+        picture = await yard.upload("ann")
         edited = await yard.said(conv, "ann", "k1", "first")
-        deleted = await yard.said(conv, "ann", "k2", "gone", media_url="https://media.example/1")
+        deleted = await yard.said(conv, "ann", "k2", "gone", message_type=MessageType.IMAGE, media_url=picture)
         await yard.changed(conv, "ann", "e1", edited, records.Edit("second"))
         await yard.changed(conv, "ann", "d1", deleted, FOR_ALL)
         await yard.connect("bob")
         yard.down.clear()
         for _ in range(2):
             await yard.send(conv, "ann", "k1", "first")
-            await yard.send(conv, "ann", "k2", "gone", media_url="https://media.example/1")
+            await yard.send(conv, "ann", "k2", "gone", message_type=MessageType.IMAGE, media_url=picture)
         in_memory = await yard.acks(4)
     async with run_lane(yard):
         await yard.send(conv, "ann", "k1", "first")
-        await yard.send(conv, "ann", "k2", "gone", media_url="https://media.example/1")
+        await yard.send(conv, "ann", "k2", "gone", message_type=MessageType.IMAGE, media_url=picture)
         await yard.send(conv, "ann", "k2", "other")
         *after, conflict = await yard.acks(3)
         await eventually(lambda: settled(yard))
@@ -400,7 +403,9 @@ async def test_a_deletion_without_its_projection_is_repaired_from_the_log(
     """An edit and a reaction before it were lost with it: all three are redone, in their order."""
     async with run_lane(yard):
         conv = await yard.create("ann", "bob")
-        target = await yard.said(conv, "ann", "k1", "secret", media_url="https://media.example/1")
+        target = await yard.said(
+            conv, "ann", "k1", "secret", message_type=MessageType.IMAGE, media_url=await yard.upload("ann")
+        )
 
     async def three() -> None:
         await yard.change(conv, "ann", "e1", target, records.Edit("secret too"))
@@ -413,7 +418,7 @@ async def test_a_deletion_without_its_projection_is_repaired_from_the_log(
         await three()
         acks = await yard.acks(3)
         stored = await yard.log(conv)
-    assert committed == [("text", "secret")] + [("system", '{"event')] * 3
+    assert committed == [("image", "secret")] + [("system", '{"event')] * 3
     assert [ack["payload"]["sequence_number"] for ack in acks] == [2, 3, 4]
     assert b"secret" not in msgspec.json.encode([document["content"] for document in stored])
     assert (stored[0]["content_hash"], stored[0]["hidden_by"]) == (hexed("secret"), ["bob"])
@@ -464,7 +469,9 @@ async def test_what_disappears_is_masked_at_once_and_erased_for_good(yard: Yard)
         before = await yard.said(conv, "ann", "k0", "stays")
         await yard.next_down(records.CommandOutcome, 1)
         assert await yard.decided(conv, "bob", records.SetDisappearing(1), "on") is None
-        target = await yard.said(conv, "ann", "k1", "secret", media_url="https://media.example/1")
+        target = await yard.said(
+            conv, "ann", "k1", "secret", message_type=MessageType.IMAGE, media_url=await yard.upload("ann")
+        )
         edit = await yard.changed(conv, "ann", "e1", target, records.Edit("secret too"))
         shown_first = await yard.seen("bob", conv)
         await anyio.sleep(1.01)

@@ -43,7 +43,7 @@ async def log(store: Store) -> Log:
     await log.append("system", "ann", "bob", "ann", "bob", "ann")
     second = await store.db["messages"].find_one({"conversation_id": "conv_1", "sequence_number": 2})
     assert second is not None
-    await change(store, log, 4, type="image", media_url="https://example.org/1")
+    await change(store, log, 4, type="image", media_url="/v1/media/med_" + "0" * 27)
     await change(store, log, 5, forwarded=True)
     await change(store, log, 6, reply_to_message_id=second["_id"])
     await log.flush()

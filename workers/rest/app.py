@@ -21,9 +21,10 @@ from litestar.enums import ScopeType
 
 from protocol import codec, keys, records, specification
 from protocol.errors import ErrorCode
-from workers import metrics
+from workers import metrics, orphans
 from workers.codes import Codes
 from workers.instances import Instance
+from workers.objects import Objects
 from workers.rest import (
     accounts,
     blocks,
@@ -32,6 +33,7 @@ from workers.rest import (
     devices,
     health,
     keyset,
+    media,
     memberships,
     messages,
     openapi,
@@ -95,6 +97,12 @@ ROUTES: Final = [
     messages.remove_reaction,
     search.search_conversation,
     search.search_everywhere,
+    media.create_media,
+    media.list_media,
+    media.read_media,
+    media.resume_media,
+    media.complete_media,
+    media.delete_media,
     blocks.list_blocks,
     blocks.block,
     blocks.unblock,
@@ -136,9 +144,12 @@ async def run(settings: Settings, store: Store, broker: Broker, stopping: anyio.
     info = records.InstanceInfo("rest", endpoint, 0, False)
     instance = Instance(broker, keys.new_id("rest", now_ms(), secrets.randbits(64)), info)
     async with open_sender(settings) as sender, anyio.create_task_group() as group:
-        desk = Desk(settings, store, broker, instance, tokens, Codes(settings, store, sender))
+        objects = Objects(settings) if settings.s3_url else None
+        desk = Desk(settings, store, broker, instance, tokens, Codes(settings, store, sender), objects)
         await group.start(instance.run, name="rest instance")
         group.start_soon(upkeep.run, desk, name="rest upkeep")
+        if objects is not None:
+            group.start_soon(orphans.run, store, objects, settings.media_orphan_seconds, name="media sweep")
         server = _Server(_server_config(Edge(create_app(desk)), settings))
         group.start_soon(_stop_server, server, stopping, name="rest stop")
         log.info("rest_serving", endpoint=endpoint, instance=instance.instance_id)

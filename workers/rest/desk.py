@@ -12,6 +12,7 @@ from protocol import keys
 from workers.broker import Broker
 from workers.codes import Codes
 from workers.instances import Instance
+from workers.objects import Objects
 from workers.settings import Settings
 from workers.store import Store
 from workers.tokens import Tokens
@@ -31,6 +32,8 @@ class Desk(msgspec.Struct, frozen=True):
     instance: Instance
     tokens: Tokens
     codes: Codes
+    objects: Objects | None
+    """None: this installation has no media."""
 
     def new_id(self, prefix: str) -> str:
         """A fresh time-ordered id."""

@@ -18,6 +18,7 @@ from litestar.exceptions import HTTPException, ValidationException
 from protocol.errors import ErrorCode
 from workers.broker import BrokerUnavailable
 from workers.instances import TooManyWaiting
+from workers.objects import ObjectsUnavailable
 from workers.store.errors import StoreUnavailable
 
 MESSAGE_LIMIT: Final = 200
@@ -97,7 +98,9 @@ def _reason(error: HTTPException) -> str:
     return str(error.detail).splitlines()[0] if error.detail else "refused"
 
 
-def on_store_away(_: Request[Any, Any, Any], error: StoreUnavailable | BrokerUnavailable) -> Response[Any]:
+def on_store_away(
+    _: Request[Any, Any, Any], error: StoreUnavailable | BrokerUnavailable | ObjectsUnavailable
+) -> Response[Any]:
     """503: what is behind us is away, and nothing is known of the request's effect."""
     log.warning("request_unserved", error=str(error))
     return error_response(ErrorCode.STORAGE_UNAVAILABLE, "storage is unavailable; try again", 503)
@@ -124,6 +127,7 @@ EXCEPTION_HANDLERS: Final[dict[Any, Any]] = {
     HTTPException: on_framework_error,
     StoreUnavailable: on_store_away,
     BrokerUnavailable: on_store_away,
+    ObjectsUnavailable: on_store_away,
     TooManyWaiting: on_overload,
     RecursionError: on_deep_nesting,
     Exception: on_bug,

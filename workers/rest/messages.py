@@ -23,7 +23,7 @@ from protocol.frames import (
     MessageEdit,
     MessageReaction,
 )
-from protocol.models import EpochMs, Id, MessagePayload, MessageType, StoredMessage
+from protocol.models import EpochMs, Id, MediaUrl, MessagePayload, MessageType, StoredMessage
 from workers.rest import commands
 from workers.rest.access import shape_guard, user_guard
 from workers.rest.conversations import not_found
@@ -51,7 +51,7 @@ class NewMessage(msgspec.Struct, kw_only=True, frozen=True):
     receiver_id: Annotated[str, Meta(max_length=64)] = ""
     content: str
     message_type: MessageType = msgspec.field(name="type")
-    media_url: Annotated[str, Meta(max_length=2048)] | None = None
+    media_url: MediaUrl | None = None
     reply_to_message_id: Id | None = None
     timestamp: EpochMs
     forwarded: bool = False

@@ -24,7 +24,7 @@ from workers.rest.device_keys import retire
 from workers.rest.devices import key_devices
 from workers.rest.shapes import moment_at
 from workers.store.errors import StoreUnavailable
-from workers.store.users import DELETION, READ_RECEIPTS, REMAINS
+from workers.store.users import DELETION, READ_RECEIPTS
 
 if TYPE_CHECKING:
     from workers.rest.desk import Desk
@@ -67,7 +67,7 @@ async def finish(desk: Desk, user_id: str, work: str) -> None:
     """Do all of it, and say so. Raises StoreUnavailable, BrokerUnavailable, TooManyWaiting, Undecided: it stays."""
     for step in STEPS[work]:
         await step(desk, user_id)
-    await desk.store.users.finished(user_id, work, LATER.get(work), moment_at(now_ms()))
+    await desk.store.users.finished(user_id, work)
     log.info("upkeep_finished", user_id=user_id, work=work)
 
 
@@ -113,6 +113,11 @@ async def forget_blocks(desk: Desk, user_id: str) -> None:
     await desk.store.blocks.forget_user(user_id)
 
 
+async def abandon_media(desk: Desk, user_id: str) -> None:
+    """What no message carries goes with the next sweep; the rest is the others' as well."""
+    await desk.store.media.abandon(user_id, moment_at(now_ms()))
+
+
 async def forget_devices(desk: Desk, user_id: str) -> None:
     """The devices and their sessions, and what waited for them."""
     await desk.store.devices.forget_user(user_id)
@@ -146,11 +151,7 @@ async def _tell_owner(desk: Desk, conversation_id: str, user_id: str, *, hidden:
 
 
 STEPS: Final = {
-    DELETION: (revoke_everything, leave_groups, forget_keys, forget_blocks, forget_devices),
-    REMAINS: (forget_keys, forget_blocks, forget_devices),
+    DELETION: (revoke_everything, leave_groups, forget_keys, forget_blocks, abandon_media, forget_devices),
     READ_RECEIPTS: (tell_owners,),
 }
 """Work → its steps, in order. Each may be repeated."""
-LATER: Final = {DELETION: REMAINS}
-"""Work → what is left to do `ABANDONED_SECONDS` after it: requests that were under way may have written past every
-look at the account."""

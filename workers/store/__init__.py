@@ -32,7 +32,6 @@ from workers.store.blocks import BlockStore
 from workers.store.changes import ChangeStore
 from workers.store.contacts import ContactStore
 from workers.store.conversations import ConversationStore
-from workers.store.dead_letters import DeadLetterStore
 from workers.store.device_keys import DeviceKeyStore
 from workers.store.devices import DeviceStore
 from workers.store.errors import StoreUnavailable, store_errors
@@ -40,6 +39,7 @@ from workers.store.heads import HeadReader
 from workers.store.indexes import DAY_SECONDS, PLAIN_COLLECTIONS, RETENTION_INDEX, index_models
 from workers.store.logs import LogReader
 from workers.store.marks import MarkStore
+from workers.store.media import MediaStore
 from workers.store.memberships import MembershipStore
 from workers.store.messages import MessageStore
 from workers.store.overviews import OverviewReader
@@ -86,7 +86,6 @@ class Store:
         )
         self.retention_days = retention_days
         self.messages = MessageStore(self.db)
-        self.dead_letters = DeadLetterStore(self.db)
         self.changes = ChangeStore(self.db)
         self.conversations = ConversationStore(self.db)
         self.marks = MarkStore(self.db)
@@ -101,6 +100,7 @@ class Store:
         self.logs = LogReader(self.db)
         self.overviews = OverviewReader(client, self.db)
         self.memberships = MembershipStore(self.db)
+        self.media = MediaStore(self.db)
         self.search = SearchReader(self.db)
 
     async def ping(self) -> None:

@@ -27,37 +27,42 @@ def index_models(retention_days: int) -> dict[str, list[IndexModel]]:
     return {**_log_indexes(retention_days), **_account_indexes()}
 
 
+def _message_indexes(retention_days: int) -> list[IndexModel]:
+    return [
+        IndexModel([("conversation_id", ASCENDING), ("sequence_number", ASCENDING)], name=SEQUENCE_INDEX, unique=True),
+        IndexModel(
+            [("conversation_id", ASCENDING), ("sender_id", ASCENDING), ("idempotency_key", ASCENDING)],
+            name=SCOPED_KEY_INDEX,
+            unique=True,
+        ),
+        IndexModel([("conversation_id", ASCENDING), ("timestamp", DESCENDING)], name="conversation_timestamp"),
+        IndexModel([("created_at", ASCENDING)], name=RETENTION_INDEX, expireAfterSeconds=retention_days * DAY_SECONDS),
+        IndexModel(
+            [("conversation_id", ASCENDING), ("sequence_number", ASCENDING)],
+            name=SYSTEM_INDEX,
+            partialFilterExpression={"type": "system"},
+        ),
+        IndexModel(
+            [("target_message_id", ASCENDING)],
+            name="target_message",
+            partialFilterExpression={"target_message_id": {"$exists": True}},
+        ),
+        IndexModel(
+            [("erase_at", ASCENDING)],
+            name="disappearing",
+            partialFilterExpression={"erase_at": {"$exists": True}},
+        ),
+        IndexModel(
+            [("media_url", ASCENDING), ("_id", DESCENDING)],
+            name="media",
+            partialFilterExpression={"media_url": {"$exists": True}},
+        ),
+    ]
+
+
 def _log_indexes(retention_days: int) -> dict[str, list[IndexModel]]:
     return {
-        "messages": [
-            IndexModel(
-                [("conversation_id", ASCENDING), ("sequence_number", ASCENDING)], name=SEQUENCE_INDEX, unique=True
-            ),
-            IndexModel(
-                [("conversation_id", ASCENDING), ("sender_id", ASCENDING), ("idempotency_key", ASCENDING)],
-                name=SCOPED_KEY_INDEX,
-                unique=True,
-            ),
-            IndexModel([("conversation_id", ASCENDING), ("timestamp", DESCENDING)], name="conversation_timestamp"),
-            IndexModel(
-                [("created_at", ASCENDING)], name=RETENTION_INDEX, expireAfterSeconds=retention_days * DAY_SECONDS
-            ),
-            IndexModel(
-                [("conversation_id", ASCENDING), ("sequence_number", ASCENDING)],
-                name=SYSTEM_INDEX,
-                partialFilterExpression={"type": "system"},
-            ),
-            IndexModel(
-                [("target_message_id", ASCENDING)],
-                name="target_message",
-                partialFilterExpression={"target_message_id": {"$exists": True}},
-            ),
-            IndexModel(
-                [("erase_at", ASCENDING)],
-                name="disappearing",
-                partialFilterExpression={"erase_at": {"$exists": True}},
-            ),
-        ],
+        "messages": _message_indexes(retention_days),
         "conversations": [
             IndexModel([("user_id", ASCENDING), ("agent_id", ASCENDING)], name="user_agent"),
         ],
@@ -72,7 +77,6 @@ def _log_indexes(retention_days: int) -> dict[str, list[IndexModel]]:
             IndexModel([("status", ASCENDING), ("next_retry_at", ASCENDING)], name="status_next_retry"),
             IndexModel([("created_at", DESCENDING)], name="newest"),
             IndexModel([("message._id", ASCENDING)], name="message"),
-            IndexModel([("shard", ASCENDING)], name="shard"),
             IndexModel([("expires_at", ASCENDING)], name=RETENTION_INDEX, expireAfterSeconds=0),
         ],
     }
@@ -111,6 +115,11 @@ def _account_indexes() -> dict[str, list[IndexModel]]:
         "verifications": [
             IndexModel([("verification_id", ASCENDING)], name="verification"),
             IndexModel([("expires_at", ASCENDING)], name=RETENTION_INDEX, expireAfterSeconds=0),
+        ],
+        "media_metadata": [
+            IndexModel([("owner_id", ASCENDING), ("_id", ASCENDING)], name="owner"),
+            IndexModel([("owner_id", ASCENDING), ("sha256", ASCENDING)], name="same_bytes"),
+            IndexModel([("due_at", ASCENDING)], name="due"),
         ],
         "device_keys": [
             IndexModel([("user_id", ASCENDING), ("device_id", ASCENDING)], name="user_device"),

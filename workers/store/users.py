@@ -46,15 +46,13 @@ class Account(User, kw_only=True, frozen=True):
 
 
 class Unfinished(msgspec.Struct, frozen=True):
-    """`work`: deletion, remains or read_receipts."""
+    """`work`: deletion or read_receipts."""
 
     user_id: str
     work: str
 
 
 DELETION: Final = "deletion"
-REMAINS: Final = "remains"
-"""What a deletion has left behind."""
 READ_RECEIPTS: Final = "read_receipts"
 
 
@@ -181,13 +179,12 @@ class UserStore:
         with store_errors():
             await self._users.update_one({"_id": user_id, **_ACTIVE}, {"$set": blank, "$unset": gone})
 
-    async def finished(self, user_id: str, work: str, later: str | None, now: datetime) -> None:
-        """What `unfinished` named is done; `later` is begun, as if by somebody who has gone."""
-        update: Document = {"$unset": {"unfinished": "", "unfinished_since": ""}}
-        if later is not None:
-            update = {"$set": {"unfinished": later, "unfinished_since": now}}
+    async def finished(self, user_id: str, work: str) -> None:
+        """What `unfinished` named is done."""
         with store_errors():
-            await self._users.update_one({"_id": user_id, "unfinished": work}, update)
+            await self._users.update_one(
+                {"_id": user_id, "unfinished": work}, {"$unset": {"unfinished": "", "unfinished_since": ""}}
+            )
 
     async def take_unfinished(self, before: datetime, now: datetime) -> Unfinished | None:
         """One account whose work was begun, or taken up, before a time and did not end; it is the caller's for now."""
