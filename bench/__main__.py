@@ -25,6 +25,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "drain": ("bench.drain", "stop and start every gateway in turn under load: nobody loses anything"),
     "locust": ("bench.locust_run", "a short headless locust run with its HTML report"),
     "conformance": ("bench.conformance", "schemathesis against the HTTP API: does it keep what its document says"),
+    "autobahn": ("bench.autobahn", "the Autobahn cases against both transports, judged by four gates"),
     "reference": ("bench.reference", "write docs/reference.md: every frame, route and code, from the code"),
 }
 """Command → (module, help)."""

@@ -72,10 +72,10 @@ def open_driver() -> Iterator[DriverProcess]:
 
 
 @contextmanager
-def open_peer(peer: str) -> Iterator[tuple[int, int]]:
-    """Start a bare echo server of `peers`. Yields its pid and port."""
-    arguments = (sys.executable, "-m", "bench.peers", peer)
-    with subprocess.Popen(arguments, bufsize=0, stdout=subprocess.PIPE) as process:
+def open_peer(*arguments: str, module: str = "bench.peers") -> Iterator[tuple[int, int]]:
+    """Start a bare echo server of `peers`, or another module that says `ready PORT`. Yields its pid and port."""
+    command = (sys.executable, "-m", module, *arguments)
+    with subprocess.Popen(command, bufsize=0, stdout=subprocess.PIPE) as process:
         try:
             ready = read_line(process, ANSWER_GRACE_SECONDS).split()
             yield process.pid, int(ready[1])

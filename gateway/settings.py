@@ -29,8 +29,8 @@ _DEV_DEFAULTS: Final = {
     "jwt_public_key": dev_keys.PUBLIC_JWK,
 }
 """Where `bench services` listens, and the public half of the dev key pair. No other environment has them."""
-_DERIVED: Final = frozenset(("origins", "proxies", "max_message_bytes"))
-"""Transport limits that other settings decide."""
+_DERIVED: Final = frozenset(("origins", "proxies", "max_message_bytes", "unasked_subprotocol"))
+"""Transport limits that other settings decide, or the protocol."""
 
 _ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s,]+")
 """RFC 6454 section 6.2, without `null`; apps have schemes of their own."""

@@ -15,7 +15,7 @@ import structlog
 import trio
 
 from gateway.arrivals import TrustedProxies
-from protocol.codec import MAX_FRAME_BYTES, FrameCodec, transcode_to_msgpack
+from protocol.codec import MAX_FRAME_BYTES, SUBPROTOCOL_JSON, FrameCodec, transcode_to_msgpack
 
 if TYPE_CHECKING:
     import socket
@@ -58,6 +58,8 @@ class TransportLimits(msgspec.Struct, frozen=True, kw_only=True):
     ready_sockets: int = 128
     """Sockets served before other tasks run: 128 at about 15 us each are 2 ms."""
     accept_burst: int = 64
+    unasked_subprotocol: str = SUBPROTOCOL_JSON
+    """Spoken with a client that offers none of ours."""
     origins: frozenset[str] | None = None
     """Values of `Origin` that may connect; None: any. A client that sends none (no browser) is always welcome."""
     proxies: TrustedProxies = NOBODY
@@ -85,14 +87,16 @@ class Outgoing:
         """The whole WebSocket frame: header and payload."""
         if codec.binary:
             if self._binary_framed is None:
-                self._binary_framed = _frame(0x82, transcode_to_msgpack(self.json))
+                self._binary_framed = framed(codec, transcode_to_msgpack(self.json))
             return self._binary_framed
         if self._text_framed is None:
-            self._text_framed = _frame(0x81, self.json)
+            self._text_framed = framed(codec, self.json)
         return self._text_framed
 
 
-def _frame(first_byte: int, payload: bytes) -> bytes:
+def framed(codec: FrameCodec, payload: bytes) -> bytes:
+    """A server's WebSocket frame around a whole message of the codec's kind."""
+    first_byte = 0x82 if codec.binary else 0x81
     size = len(payload)
     if size < 126:
         return bytes((first_byte, size)) + payload

@@ -22,7 +22,7 @@ from websockets.typing import Subprotocol
 
 from gateway.transport import WEBSOCKET_PATH, Host, TransportLimits
 from gateway.websocket import LIBRARY_LOG
-from protocol.codec import FRAME_CODECS, JSON, FrameCodec
+from protocol.codec import FRAME_CODECS, FrameCodec
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -93,7 +93,7 @@ def answer(head: bytes, peer: str, host: Host, limits: TransportLimits, now: flo
     wait = host.let_in(remote, now)
     if wait > 0.0:
         return _refusal(HTTPStatus.TOO_MANY_REQUESTS, "too many connections", ("Retry-After", str(math.ceil(wait))))
-    codec = FRAME_CODECS[library.subprotocol] if library.subprotocol else JSON
+    codec = FRAME_CODECS[library.subprotocol or limits.unasked_subprotocol]
     return Upgraded(response.serialize(), codec, remote)
 
 
@@ -145,5 +145,5 @@ def _response(status: HTTPStatus, content_type: str, body: bytes, *more: tuple[s
 
 
 def _select_subprotocol(_library: ServerProtocol, offered: Sequence[Subprotocol]) -> Subprotocol | None:
-    """The client's first choice among those we speak; none of them means JSON without a subprotocol header."""
+    """The client's first choice among those we speak; none of them means no subprotocol header."""
     return next((name for name in offered if name in FRAME_CODECS), None)

@@ -15,7 +15,6 @@ from gateway.transport import Outgoing
 from gateway.trio_ws import TrioWebSocketServer
 from protocol.errors import CloseCode
 from tests.gateway.peers import (
-    CLOSE,
     CONTINUATION,
     PING,
     PONG,
@@ -35,31 +34,6 @@ LIMIT = 65536
 
 
 # --- a link that is not ready ----------------------------------------------------------------------------------------
-
-
-async def test_held_messages_wait_in_order_while_pings_are_answered(new_server: NewServer) -> None:
-    async with open_gateway(new_server) as gateway:
-        peer, link = await gateway.open()
-        link.blocked = True
-        await peer.send(frame(TEXT, b"first one") + frame(PING, b"1") + frame(TEXT, b"2") + frame(PING, b"2"))
-        assert await peer.receive() == (PONG, b"1")
-        assert await peer.receive() == (PONG, b"2")
-        assert link.received == []
-        link.blocked = False
-        link.transport.resume_nowait()
-        assert await peer.receive() == (TEXT, b"first one")
-        assert await peer.receive() == (TEXT, b"2")
-
-
-async def test_a_close_behind_held_messages_is_answered(new_server: NewServer) -> None:
-    async with open_gateway(new_server) as gateway:
-        peer, link = await gateway.open()
-        link.blocked = True
-        await peer.send(frame(TEXT, b"held back") + frame(CLOSE, (1000).to_bytes(2)))
-        assert await peer.close_code() == 1000
-        await peer.stream.aclose()
-        await until(lambda: link.losses == 1)
-        assert link.received == []
 
 
 async def test_resuming_stops_where_the_link_blocks_again(new_server: NewServer) -> None:
@@ -248,20 +222,6 @@ async def test_fragments_that_drip_do_not_prolong_a_message(new_server: NewServe
 # --- links that fail, peers that vanish ------------------------------------------------------------------------------
 
 
-async def test_a_link_that_raises_ends_only_itself(new_server: NewServer) -> None:
-    async with open_gateway(new_server) as gateway:
-        neighbour, _ = await gateway.open()
-        peer, link = await gateway.open()
-        link.raises = RuntimeError("a bug")
-        await peer.send(frame(TEXT, b"boom boom") + frame(TEXT, b"boom boom"))
-        assert await peer.close_code() == 1011
-        await peer.stream.aclose()
-        await until(lambda: link.losses == 1)
-        assert gateway.server.isolated_errors == 1
-        await neighbour.send(frame(TEXT, b"still here"))
-        assert await neighbour.receive() == (TEXT, b"still here")
-
-
 async def test_a_link_that_raises_on_resume_does_not_hurt_the_caller(new_server: NewServer) -> None:
     async with open_gateway(new_server) as gateway:
         peer, link = await gateway.open()
@@ -306,33 +266,6 @@ async def test_a_vanished_peer_is_noticed(new_server: NewServer, ending: str) ->
         link.transport.resume_nowait()
         link.transport.close_nowait(CloseCode.NORMAL)
         assert link.losses == 1
-
-
-async def test_300_connects_and_resets_leave_nothing(new_server: NewServer) -> None:
-    """A6."""
-    async with open_gateway(new_server) as gateway:
-        for number in range(300):
-            peer = await gateway.open_raw()
-            if number % 3:
-                await peer.send(request_head() if number % 2 else b"GET / HTT")
-            if number % 4:
-                peer.reset()
-            else:
-                await peer.stream.aclose()
-        await until(lambda: gateway.server.accepted == 300 and gateway.server.connections == 0)
-        assert all(link.losses == 1 for link in gateway.host.links)
-        assert gateway.server.isolated_errors == 0
-
-
-async def test_twenty_connections_of_one_byte_fragments(new_server: NewServer) -> None:
-    """A9."""
-    async with open_gateway(new_server) as gateway:
-        attack = frame(TEXT, b"a", fin=False) + frame(CONTINUATION, b"b", fin=False) * 2000
-        peers = [(await gateway.open())[0] for _ in range(20)]
-        for peer in peers:
-            await peer.send(attack)
-        for peer in peers:
-            assert await peer.close_code() == 1009
 
 
 async def test_a_stopped_listener_keeps_its_connections(new_server: NewServer) -> None:

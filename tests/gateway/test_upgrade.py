@@ -225,20 +225,6 @@ async def test_a_handshake_of_10_mb_is_refused_early(new_server: NewServer) -> N
         assert gateway.host.links == []
 
 
-async def test_100_times_garbage_leaves_nothing(new_server: NewServer) -> None:
-    """A7."""
-    async with open_gateway(new_server) as gateway:
-        peers = [await gateway.open_raw() for _ in range(100)]
-        for number, peer in enumerate(peers):
-            await peer.send(bytes((number,)) * 50 + b"\r\n\r\n")
-        for peer in peers:
-            assert (await peer.head()).startswith(b"HTTP/1.1 400 ")
-            assert await peer.ended()
-            await peer.stream.aclose()
-        await until(lambda: gateway.server.connections == 0)
-        assert gateway.server.isolated_errors == 0
-
-
 async def test_a_stock_client_talks_to_it(new_server: NewServer) -> None:
     async with open_gateway(new_server) as gateway:
         url = f"ws://127.0.0.1:{gateway.port}/v1/ws"
