@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from bench.runs import Runs
+from workers.audit.runs import Runs
 
 if TYPE_CHECKING:
     from bench import journal

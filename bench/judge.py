@@ -10,7 +10,6 @@ from msgspec import UNSET
 
 from bench.evidence import Conversation, Send, Showing, Stay, Violation
 from bench.folds import GroupState, MessageView, committed_hash, is_changed, system_event, target_of
-from bench.runs import Runs
 from protocol.errors import ErrorCode
 from protocol.models import (
     GROUP_LIMIT,
@@ -23,6 +22,7 @@ from protocol.models import (
     SystemEvent,
 )
 from protocol.watermarks import DIGEST_BYTES, content_hash
+from workers.audit.runs import Runs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

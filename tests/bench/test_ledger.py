@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from bench import journal
 from bench.ledger import Ledger
-from bench.runs import Runs
 from protocol import frames
 from protocol.errors import ErrorCode
 from tests.bench.scripted_log import CONVERSATION, stored, system
@@ -28,6 +27,7 @@ from tests.bench.scripted_run import (
     sent,
     without,
 )
+from workers.audit.runs import Runs
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A set of sequence numbers as sorted, disjoint ranges; the ledger keeps one per device and conversation."""
+"""A set of sequence numbers as sorted, disjoint ranges: one per device and conversation, here and in the bench."""
 
 from __future__ import annotations
 
