@@ -1,0 +1,1 @@
+"""The auditor: its core on a run in memory, its command on real servers."""
