@@ -158,9 +158,9 @@ class Membership(msgspec.Struct, kw_only=True, frozen=True):
     up to the read mark, so unread = countable at the head - `read_countable`. `devices` maps a device to the
     last sequence it acknowledged. Visible to the member: `join_seq` ≤ sequence ≤ `leave_seq`.
 
-    `silenced_until`: an admin's word, the member cannot send before. `hide_reads`: nobody is told what this member has
-    read. `blocks`: in a 1:1 conversation, this member takes nothing from the other. `muted_until`, `archived` and
-    `pinned_at` are the member's own order of things; nobody else sees them.
+    `silenced_until`: an admin's word, the member cannot send before. `shown_read_seq`: the read mark as others may know
+    it, where it is not the real one, because the member has hidden what it reads; it only grows too. `muted_until`,
+    `archived` and `pinned_at` are the member's own order of things; nobody else sees them.
     """
 
     membership_id: str = msgspec.field(name="_id")
@@ -174,8 +174,7 @@ class Membership(msgspec.Struct, kw_only=True, frozen=True):
     read_countable: int
     devices: dict[str, int]
     silenced_until: datetime | UnsetType = UNSET
-    hide_reads: bool | UnsetType = UNSET
-    blocks: bool | UnsetType = UNSET
+    shown_read_seq: int | UnsetType = UNSET
     muted_until: datetime | UnsetType = UNSET
     archived: bool | UnsetType = UNSET
     pinned_at: datetime | UnsetType = UNSET

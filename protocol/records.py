@@ -178,18 +178,18 @@ class ChangeConversation(Record, tag="u", frozen=True, gc=False):
     change: SetRole | Rename | Silence | Ban | Unban | SetDisappearing
 
 
-class SetMember(Record, tag="s", frozen=True, gc=False):
-    """What an account's settings mean in one conversation (None: as it was). No entry of the log, no answer: REST has
-    stored the account's side of it, and the stream brings it to the conversation's owner."""
+class LookAtAccount(Record, tag="s", frozen=True, gc=False):
+    """What this member's account says may have changed: whom it blocks, whether it hides what it reads. No entry of the
+    log. The owner of the conversation looks, and answers with a `CommandOutcome` without a body."""
 
+    instance: str
+    request: str
     conversation_id: str
     user_id: str
-    hide_reads: bool | None
-    blocks: bool | None
 
 
 GroupCommand = CreateConversation | AddParticipants | RemoveParticipant | ChangeConversation
-LogRecord = SendMessage | ChangeMessage | GroupCommand | SetMember
+LogRecord = SendMessage | ChangeMessage | GroupCommand | LookAtAccount
 """What a shard's owner takes in order; receipts and typing overtake it."""
 IngestRecord = (
     SendMessage
@@ -200,7 +200,7 @@ IngestRecord = (
     | AddParticipants
     | RemoveParticipant
     | ChangeConversation
-    | SetMember
+    | LookAtAccount
 )
 
 

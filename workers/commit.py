@@ -100,12 +100,13 @@ class Committer:
             look_up = True
 
     async def _project(self, plan: Plan) -> None:
-        """What the documents and settings mean outside the log, before anybody hears of them."""
+        """What the documents mean outside the log, before anybody hears of them."""
         if plan.projections:
             projected = [projection.through(owned) for owned, projection in plan.projections.values()]
             await self._store.conversations.apply(projected)
-        if plan.settings:
-            await self._store.conversations.set_members(plan.settings)
+        if plan.joined:
+            # Behind the stays: an account that changes meanwhile finds them, or is found changed here.
+            await self._conversations.look(plan.joined)
 
     async def _plan(self, batch: Sequence[Entry], look_up: bool, now_ms: int) -> Plan:
         await self._conversations.load({entry.conversation_id: entry.shard for entry in batch})
@@ -122,9 +123,10 @@ class Committer:
             if isinstance(entry.record, records.SendMessage) and entry.record.media_url is not None
         ]
         media = await self._store.media.usable(uses, from_ms(now_ms)) if uses else {}
-        joining = {user_id for entry in batch for user_id in _who_may_join(entry.record)}
-        hiding = await self._store.conversations.hiding(joining) if joining else frozenset()
-        plan = self._planner.plan(batch, Read(found, replies, targets, media, hiding), now_ms)
+        looks = [entry.record for entry in batch if isinstance(entry.record, records.LookAtAccount)]
+        if looks:
+            await self._look(looks)
+        plan = self._planner.plan(batch, Read(found, replies, targets, media), now_ms)
         if plan.doubts:
             # One read for all of them, however many are refused; none for what is accepted: its insert would notice.
             keys = [] if look_up else [doubt.entry.key for doubt in plan.doubts]
@@ -135,8 +137,19 @@ class Committer:
         """May this be the retry of what has its ack, without the insert noticing? A change or command that would now
         find nothing to do, or is no longer allowed. Of messages only those that would be refused: `Plan.doubts`.
         """
-        is_of_log = not isinstance(entry.record, records.SendMessage | records.SetMember)
+        is_of_log = not isinstance(entry.record, records.SendMessage | records.LookAtAccount)
         return is_of_log and not self._planner.knows(entry)
+
+    async def _look(self, records_: Sequence[records.LookAtAccount]) -> None:
+        """Heed what accounts say now. Who begins or ceases to hide what they read has their marks written at once:
+        which of them were shown could not be told later."""
+        whose = [
+            (owned, (record.user_id,))
+            for record in records_
+            if (owned := self._conversations.get(record.conversation_id)) is not None
+        ]
+        changed = await self._conversations.look(whose)
+        await self._store.marks.flush_marks([member.watermarks(owned.conversation_id) for owned, member in changed])
 
     async def _find_reply_targets(self, batch: Sequence[Entry]) -> dict[str, Place]:
         wanted: dict[str, Place] = {}
@@ -195,15 +208,7 @@ class Committer:
         log.error("message_buried", conversation_id=entry.conversation_id, reason=reason[:200])
         if isinstance(record, records.SendMessage | records.ChangeMessage):
             return refused(record, ErrorCode.VALIDATION_FAILED, "the message cannot be stored")
-        assert not isinstance(record, records.SetMember), "it has no document"
+        assert not isinstance(record, records.LookAtAccount), "it has no document"
         return record.instance, records.CommandOutcome(
             record.request, ErrorCode.VALIDATION_FAILED, "the command cannot be stored", b""
         )
-
-
-def _who_may_join(record: records.LogRecord) -> Sequence[str]:
-    match record:
-        case records.CreateConversation(participants=user_ids) | records.AddParticipants(user_ids=user_ids):
-            return user_ids
-        case _:
-            return ()

@@ -31,7 +31,7 @@ from workers.store.conversations import ConversationStore, Loaded, TailMessage, 
 from workers.store.marks import Mark
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable, Sequence
 
 OWN_SENDS = 256
 """Own messages remembered while the delivered mark is behind them; with more, the next delivery_ack moves it."""
@@ -52,6 +52,7 @@ class Member:
         "read",
         "read_countable",
         "role",
+        "shown",
         "silenced_until",
         "user_id",
     )
@@ -63,8 +64,12 @@ class Member:
         until = membership.silenced_until
         self.silenced_until = 0 if until is msgspec.UNSET else int(until.timestamp() * 1000)
         """Epoch ms; 0: not silenced."""
-        self.hide_reads = membership.hide_reads is True
-        self.blocks = membership.blocks is True
+        self.hide_reads = False
+        self.blocks = False
+        """In a 1:1 conversation: takes nothing from the other."""
+        shown = membership.shown_read_seq
+        self.shown: int | None = None if shown is msgspec.UNSET else shown
+        """The read mark as others may know it; None: as it is."""
         self.delivered = membership.delivered_seq
         self.read = membership.read_seq
         self.read_countable = membership.read_countable
@@ -82,19 +87,43 @@ class Member:
             self.delivered = max(self.delivered, self.own.popleft())
         return True
 
+    def read_to(self, sequence: int, countable: int) -> None:
+        """The member has read everything up to `sequence`; whether others may know it is settled now, for good."""
+        self.read = sequence
+        self.read_countable = max(self.read_countable, countable)
+        if self.shown is not None and not self.hide_reads:
+            self.shown = sequence
+
+    def hide(self, hides: bool) -> bool:
+        """From now on the member hides what it reads, or no longer. What was shown stays shown, and what was read while
+        it was hidden stays hidden. True where that is a change."""
+        is_change = hides is not self.hide_reads
+        self.hide_reads = hides
+        self.freeze()
+        return is_change
+
+    def freeze(self) -> None:
+        """Who hides shows no more from here on than has been shown."""
+        if self.hide_reads and self.shown is None:
+            self.shown = self.read
+
     def shown_marks(self) -> tuple[int, int]:
-        """(delivered, read) as others may know them: who hides what it reads has got it, no more."""
-        return (max(self.delivered, self.read), 0) if self.hide_reads else (self.delivered, self.read)
+        """(delivered, read) as others may know them: what somebody has read and hides they have got, no more."""
+        return max(self.delivered, self.read), self.told_marks()[1]
 
     def told_marks(self) -> tuple[int, int]:
-        """(delivered, read) as a `receipt_update` tells them: only what a device has confirmed is delivered, so neither
-        goes back when the member begins or ends to hide what it reads."""
-        return self.delivered, 0 if self.hide_reads else self.read
+        """(delivered, read) as a `receipt_update` tells them: only what a device has confirmed is delivered, and what
+        was hidden is not read."""
+        return self.delivered, self.read if self.shown is None else self.shown
 
     def mark(self, conversation_id: str) -> Mark:
         """What the next flush writes for this member; forgets the moved cursors."""
         devices, self.devices = self.devices, {}
-        return Mark(conversation_id, self.user_id, self.delivered, self.read, self.read_countable, devices)
+        return self.watermarks(conversation_id)._replace(devices=devices)
+
+    def watermarks(self, conversation_id: str) -> Mark:
+        """The marks without the cursors."""
+        return Mark(conversation_id, self.user_id, self.delivered, self.read, self.read_countable, {}, self.shown)
 
 
 class Owned:
@@ -136,7 +165,10 @@ class Owned:
         self.banned = set(loaded.banned) if loaded else set()
         self.blocked = False
         """1:1: one of the two takes nothing from the other."""
-        self.note_blocks()
+        if loaded is not None:
+            for member in self.members.values():
+                member.hide_reads = member.user_id in loaded.hiding
+            self.heed_blocks(loaded.blocking)
         self.last = loaded.last if loaded else 0
         self.digest = loaded.digest if loaded else bytes(16)
         self.countable = loaded.countable if loaded else 0
@@ -151,6 +183,11 @@ class Owned:
     def is_group(self) -> bool:
         return self.conversation.conversation_type is ConversationType.GROUP
 
+    @property
+    def is_pair(self) -> bool:
+        """A 1:1 conversation as it should be."""
+        return not self.is_group and len(self.roster) == 2
+
     def default_receiver(self, sender_id: str) -> str:
         """Who a message without receiver_id is for: the other participant, or the group itself."""
         if self.is_group:
@@ -163,12 +200,14 @@ class Owned:
             self.conversation, participants=list(self.roster), last_sequence_number=self.last
         )
 
-    def note_blocks(self) -> None:
-        """A member's `blocks` may have changed."""
+    def heed_blocks(self, blocking: frozenset[tuple[str, str]]) -> None:
+        """`blocking`: (who, whom) of all blocks between the two of a 1:1 conversation."""
+        for member in self.members.values():
+            member.blocks = any((member.user_id, other) in blocking for other in self.roster)
         self.blocked = not self.is_group and any(member.blocks for member in self.members.values())
 
-    def fold_event(self, event: SystemEvent, sequence: int, hiding: frozenset[str]) -> Folded:
-        """Apply one system message; returns the stays it began and ended. `hiding`: who hides what they read."""
+    def fold_event(self, event: SystemEvent, sequence: int) -> Folded:
+        """Apply one system message; returns the stays it began and ended."""
         joined: list[Membership] = []
         left: list[str] = []
         kind = event.event
@@ -176,9 +215,7 @@ class Owned:
             # Who joins has nothing unread from before: all that counts so far is behind its mark.
             for user_id in event.targets:
                 role = Role.OWNER if kind is EventKind.CREATED and user_id == event.actor else Role.MEMBER
-                membership = new_membership(
-                    self.conversation_id, user_id, role, sequence, self.countable, hide_reads=user_id in hiding
-                )
+                membership = new_membership(self.conversation_id, user_id, role, sequence, self.countable)
                 self.members[user_id] = Member(membership)
                 joined.append(membership)
         elif kind in LEAVING:
@@ -225,8 +262,7 @@ class Owned:
         member = self.members.get(sender_id)
         if member is None or member.read >= sequence:
             return None
-        member.read = sequence
-        member.read_countable = countable
+        member.read_to(sequence, countable)
         if member.delivered >= sequence - 1:
             member.reach(sequence)
         else:
@@ -277,14 +313,35 @@ class Conversations:
     async def _build(self, shard: int, loaded: Loaded) -> Owned:
         """A conversation as the store has it, its tail folded, marks that are not flushed put over it."""
         owned = Owned(shard, loaded.conversation, loaded)
+        loaded_ids = {member.user_id for member in loaded.members}
         await self._fold_tail(owned, loaded)
+        joined = [user_id for user_id in owned.members if user_id not in loaded_ids]
+        if joined:
+            await self.look([(owned, joined)])
         for user_id, member in owned.members.items():
             for waiting in (self.dirty, self.lazy):
                 moved = waiting.get((owned.conversation_id, user_id))
                 if moved is not None:
                     self._overlay(member, moved)
                     waiting[owned.conversation_id, user_id] = member
+            member.freeze()
         return owned
+
+    async def look(self, whose: Sequence[tuple[Owned, Collection[str]]]) -> list[tuple[Owned, Member]]:
+        """Read what these members' accounts say, and heed it; returns those who now begin or cease to hide what they
+        read. Raises StoreUnavailable."""
+        hiding = await self._store.hiding({user_id for _, user_ids in whose for user_id in user_ids})
+        pairs = [(owned.roster[0], owned.roster[1]) for owned, _ in whose if owned.is_pair]
+        blocking = await self._store.blocking(pairs) if pairs else frozenset()
+        changed = []
+        for owned, user_ids in whose:
+            if owned.is_pair:
+                owned.heed_blocks(blocking)
+            for user_id in user_ids:
+                member = owned.members.get(user_id)
+                if member is not None and member.hide(user_id in hiding):
+                    changed.append((owned, member))
+        return changed
 
     async def _fold_tail(self, owned: Owned, loaded: Loaded) -> None:
         """Redo the effects of messages whose projection was not written before a crash."""
@@ -296,21 +353,21 @@ class Conversations:
                     self.lazy[owned.conversation_id, message.sender_id] = member
             elif message.sequence_number > loaded.membership_seq:
                 projection = projection or Projection()
-                await self._fold_system(owned, message.system_content, message, projection)
+                self._fold_system(owned, message.system_content, message, projection)
         owned.countable = countable_at_head
         if projection is not None:
             log.info("projection_repaired", conversation_id=owned.conversation_id, through=owned.membership_seq)
             await self._store.apply([projection.through(owned)])
 
-    async def _fold_system(self, owned: Owned, content: str, message: TailMessage, projection: Projection) -> None:
+    @staticmethod
+    def _fold_system(owned: Owned, content: str, message: TailMessage, projection: Projection) -> None:
         if not content:
             # An edit whose content went with its target: there is nothing left to do.
             owned.membership_seq = message.sequence_number
             return
         event = codec.decode_system_event(content)
-        hiding = await self._store.hiding(event.targets) if event.event in JOINING else frozenset()
         owned.countable = message.countable
-        folded = owned.fold_event(event, message.sequence_number, hiding)
+        folded = owned.fold_event(event, message.sequence_number)
         projection.add(event, folded, message.sequence_number)
         if (effect := effect_of_tail(event, message)) is not None:
             projection.add_effect(effect)
@@ -320,6 +377,8 @@ class Conversations:
         member.delivered = max(member.delivered, moved.delivered)
         if moved.read > member.read:
             member.read, member.read_countable = moved.read, moved.read_countable
+        if moved.shown is not None:
+            member.shown = max(moved.shown, member.shown or 0)
         for device_id, sequence in moved.devices.items():
             member.devices[device_id] = max(sequence, member.devices.get(device_id, 0))
 

@@ -67,7 +67,7 @@ def frame(owned: Owned, author: str, sequence: int, mover: str, now_ms: int) -> 
         user_id=mover,
         delivered_through=min((delivered for _, delivered, _ in others), default=0) or msgspec.UNSET,
         read_through=min((read for _, _, read in others), default=0) or msgspec.UNSET,
-        delivered_count=sum(delivered >= sequence for delivered, _ in marks),
+        delivered_count=sum(max(delivered, read) >= sequence for delivered, read in marks),
         read_count=sum(read >= sequence for _, read in marks),
         participant_count=len(marks),
         sequence_number=sequence,

@@ -115,10 +115,10 @@ def new_conversation(record: records.CreateConversation, created_at: datetime) -
     )
 
 
-def first_members(record: records.CreateConversation, hiding: frozenset[str]) -> list[Membership]:
+def first_members(record: records.CreateConversation) -> list[Membership]:
     """Both sides of a new 1:1 conversation: they see it from its first message on."""
     return [
-        new_membership(record.conversation_id, user_id, Role.MEMBER, 1, 0, hide_reads=user_id in hiding)
+        new_membership(record.conversation_id, user_id, Role.MEMBER, 1, 0)
         for user_id in dict.fromkeys(record.participants)
     ]
 

@@ -115,7 +115,7 @@ class Instance:
     async def command(
         self,
         shard: int,
-        record: records.GroupCommand | records.SendMessage | records.ChangeMessage,
+        record: records.GroupCommand | records.SendMessage | records.ChangeMessage | records.LookAtAccount,
         timeout_seconds: float,
     ) -> records.CommandOutcome | None:
         """Append a command to its shard and wait for its outcome; None when none came in time (it may yet take effect).

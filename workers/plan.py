@@ -33,7 +33,6 @@ from workers.delivery import Committed
 from workers.drafts import Draft
 from workers.outcomes import Asked, acknowledged, refused
 from workers.projection import Folded, Projection, effect_of
-from workers.store.conversations import MemberSettings
 from workers.store.messages import Found, Key, from_ms
 
 if TYPE_CHECKING:
@@ -74,20 +73,19 @@ class Entry:
         if isinstance(record, records.ChangeMessage):
             # With its sender in front, so that the keys of different users never meet.
             return record.conversation_id, SYSTEM_SENDER, f"{record.sender_id}:{record.idempotency_key}"
-        if isinstance(record, records.SetMember):
+        if isinstance(record, records.LookAtAccount):
             return record.conversation_id, SYSTEM_SENDER, f"member:{record.user_id}"
         return record.conversation_id, SYSTEM_SENDER, record.command_id
 
 
 class Read(NamedTuple):
     """What was read for a batch before it is planned: committed messages by key, where reply targets lie, the targets
-    of changes, and who of those who may join hides what they read."""
+    of changes, the media that may be sent."""
 
     found: dict[Key, Found]
     replies: dict[str, Place]
     targets: dict[str, Target]
     media: Mapping[Use, MediaKind]
-    hiding: frozenset[str] = frozenset()
 
 
 class Known(msgspec.Struct, frozen=True, gc=False):
@@ -139,8 +137,8 @@ class Plan:
         self.found: dict[str, bool] = {}
         """Conversations of entries that had their place already → is one of them no change of a message? Nobody may
         have heard of those entries, so their logs' heads are flushed again and the gateways' sweep finds them."""
-        self.settings: list[MemberSettings] = []
-        """What accounts' settings mean for members: no entry of the log."""
+        self.joined: list[tuple[Owned, list[str]]] = []
+        """Whose stays begin here: what their accounts say is looked at once these are written."""
         self.deleted: set[str] = set()
         """Ids of messages that changes of this plan delete for all."""
         self.notices: list[notices.Notice] = []
@@ -188,10 +186,10 @@ class Planner:
                 self._plan_message(entry, record, plan, read, now_ms)
             elif isinstance(record, records.ChangeMessage):
                 self._plan_change(entry, record, plan, read.targets, now_ms)
-            elif isinstance(record, records.SetMember):
-                self._plan_settings(record, plan)
+            elif isinstance(record, records.LookAtAccount):
+                plan.outcomes.append((record.instance, records.CommandOutcome(record.request, None, "", b"")))
             else:
-                self._plan_command(entry, record, plan, read.hiding, now_ms)
+                self._plan_command(entry, record, plan, now_ms)
         return plan
 
     def settle_doubts(self, plan: Plan, found: Mapping[Key, Found]) -> None:
@@ -401,7 +399,7 @@ class Planner:
             expires_ms=target.expires_ms if is_edit else 0,
             hidden_by=frozenset(target.hidden_by if is_edit else ()),
         )
-        message, _ = self._append_event(entry, owned, event, draft, plan, frozenset(), now_ms)
+        message, _ = self._append_event(entry, owned, event, draft, plan, now_ms)
         effect = effect_of(event, owned.last, message.created_at, target.message_id, hidden_for, target.content_hash)
         if effect is not None:
             plan.projections[owned.conversation_id][1].add_effect(effect)
@@ -422,13 +420,12 @@ class Planner:
         event: SystemEvent,
         draft: Draft,
         plan: Plan,
-        hiding: frozenset[str],
         now_ms: int,
     ) -> tuple[StoredMessage, Folded]:
         """Any system message: its place, and what it makes of the conversation."""
         message = self._append(entry, owned, plan, draft, now_ms)
         _, projection = plan.projections.setdefault(owned.conversation_id, (owned, Projection()))
-        folded = owned.fold_event(event, owned.last, hiding)
+        folded = owned.fold_event(event, owned.last)
         projection.add(event, folded, owned.last)
         fingerprint = _event_fingerprint(draft.request_hash or draft.hashed)
         plan.known[entry.key] = Known(entry.message_id, owned.last, owned.created_ms, fingerprint)
@@ -436,21 +433,7 @@ class Planner:
 
     # --- commands about conversations --------------------------------------------------------------------------------
 
-    def _plan_settings(self, record: records.SetMember, plan: Plan) -> None:
-        owned = self._conversations.get(record.conversation_id)
-        member = None if owned is None else owned.members.get(record.user_id)
-        if owned is None or member is None:
-            return
-        if record.hide_reads is not None:
-            member.hide_reads = record.hide_reads
-        if record.blocks is not None:
-            member.blocks = record.blocks
-            owned.note_blocks()
-        plan.settings.append(MemberSettings(record.conversation_id, record.user_id, record.hide_reads, record.blocks))
-
-    def _plan_command(
-        self, entry: Entry, record: records.GroupCommand, plan: Plan, hiding: frozenset[str], now_ms: int
-    ) -> None:
+    def _plan_command(self, entry: Entry, record: records.GroupCommand, plan: Plan, now_ms: int) -> None:
         owned = self._conversations.get(record.conversation_id)
         known = self._known(entry.key, plan)
         if known is not None and owned is not None:
@@ -463,7 +446,7 @@ class Planner:
             return
         match record:
             case records.CreateConversation():
-                self._plan_create(entry, record, plan, owned, hiding, now_ms)
+                self._plan_create(entry, record, plan, owned, now_ms)
             case records.AddParticipants() | records.RemoveParticipant() | records.ChangeConversation():
                 if owned is None:
                     self._refuse(record, plan, _NO_CONVERSATION)
@@ -476,7 +459,7 @@ class Planner:
                         plan.has_unwritten = True
                         self._answer(record, plan, owned)
                     case groups.Change(event):
-                        self._append_step(entry, record, owned, event, plan, hiding, now_ms)
+                        self._append_step(entry, record, owned, event, plan, now_ms)
                     case _:
                         assert_never(verdict)
             case _:
@@ -488,7 +471,6 @@ class Planner:
         record: records.CreateConversation,
         plan: Plan,
         owned: Owned | None,
-        hiding: frozenset[str],
         now_ms: int,
     ) -> None:
         if owned is not None and (owned.last > 0 or not owned.is_group):
@@ -501,14 +483,15 @@ class Planner:
         conversation = groups.new_conversation(record, from_ms(now_ms))
         owned = Owned(entry.shard, conversation)
         if not owned.is_group:
-            members = groups.first_members(record, hiding)
+            members = groups.first_members(record)
             owned.adopt(members)
             plan.created.append((conversation, members))
+            plan.joined.append((owned, list(owned.roster)))
             plan.notices.append(notices.created(owned, owned.roster))
             self._answer(record, plan, owned)
         else:
             plan.created.append((conversation, []))
-            self._append_step(entry, record, owned, groups.created_event(record), plan, hiding, now_ms)
+            self._append_step(entry, record, owned, groups.created_event(record), plan, now_ms)
         self._conversations.put(owned)
 
     def _append_step(
@@ -518,14 +501,15 @@ class Planner:
         owned: Owned,
         event: SystemEvent,
         plan: Plan,
-        hiding: frozenset[str],
         now_ms: int,
     ) -> None:
         """A step of the conversation's state takes its place in the log, and the state goes along."""
         before = owned.roster
         draft = _event_draft(event, owned, record.command_id, now_ms)
         draft = draft._replace(request_hash=groups.request_hash(record))
-        message, folded = self._append_event(entry, owned, event, draft, plan, hiding, now_ms)
+        message, folded = self._append_event(entry, owned, event, draft, plan, now_ms)
+        if folded.joined:
+            plan.joined.append((owned, [membership.user_id for membership in folded.joined]))
         # Who was removed sees that it happened; who was added sees it as the first message.
         plan.committed.append(Committed(message, before if folded.left else owned.roster, "", 0))
         plan.notices += notices.of_event(owned, event.event, folded)

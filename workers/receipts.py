@@ -142,8 +142,7 @@ class Receipts:
         member = owned.members.get(user_id)
         if member is None or place.sequence_number <= member.read or place.sequence_number < member.join_seq:
             return
-        member.read = place.sequence_number
-        member.read_countable = max(member.read_countable, place.countable)
+        member.read_to(place.sequence_number, place.countable)
         key = (owned.conversation_id, user_id)
         self._conversations.dirty[key] = member
         self._moved.setdefault(key, _Moved()).read = True

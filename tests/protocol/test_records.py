@@ -36,7 +36,7 @@ INGEST: list[records.IngestRecord] = [
             records.SetDisappearing(60),
         )
     ),
-    records.SetMember("c", "u", None, True),
+    records.LookAtAccount("i", "r", "c", "u"),
 ]
 QUERIES: list[records.Query] = [
     records.OpenQuery("gw", 1, "u", "d", {"c": 4}),

@@ -10,13 +10,19 @@ import httpx2
 import pytest
 
 from bench.services import free_port
+from protocol import records
 from tests.workers.lanes import Yard
 from tests.workers.seeding import Rest
 from workers import ingest
 from workers.broker import Broker, open_broker
+from workers.codes import Codes
+from workers.instances import Instance
 from workers.rest import app
+from workers.rest.desk import Desk
+from workers.senders import NoSender
 from workers.settings import Settings, load_settings
 from workers.store import Store, open_store
+from workers.tokens import Tokens
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -104,3 +110,21 @@ async def rest_without_owner(settings: Settings, store: Store, broker: Broker) -
     )
     async with serving(short, store, broker, owner=False) as running:
         yield running
+
+
+@pytest.fixture
+async def desk(settings: Settings, store: Store, broker: Broker, rest: Rest) -> AsyncIterator[Desk]:
+    """A second REST process' desk, beside the one that serves."""
+    instance = Instance(broker, "rest_second", records.InstanceInfo("rest", "http://second", 0, False))
+    async with anyio.create_task_group() as group:
+        await group.start(instance.run)
+        yield Desk(
+            settings,
+            store,
+            broker,
+            instance,
+            Tokens(settings.jwt_private_key),
+            Codes(settings, store, NoSender()),
+            None,
+        )
+        group.cancel_scope.cancel()

@@ -193,6 +193,25 @@ class Yard:
         assert isinstance(page, Excerpt)
         return {str(message.message_id): message for message in page.messages}
 
+    async def hide(self, user_id: str, *conversation_ids: str, hides: bool = True) -> None:
+        """The account hides what it reads, or no longer, and the owners of these are told to look."""
+        await self.store.db["users"].update_one(
+            {"_id": user_id}, {"$set": {"privacy.read_receipts": not hides}}, upsert=True
+        )
+        for conversation_id in conversation_ids:
+            await self.look(conversation_id, user_id)
+
+    async def block(self, user_id: str, other_id: str, *, blocks: bool = True) -> None:
+        """Put a block or lift it, and tell the owner to look."""
+        if blocks:
+            await self.store.blocks.block(user_id, other_id, datetime.now(UTC))
+        else:
+            await self.store.blocks.unblock(user_id, other_id, datetime.now(UTC))
+        await self.look(keys.direct_conversation_id(user_id, other_id), user_id)
+
+    async def look(self, conversation_id: str, user_id: str) -> None:
+        await self.put(records.LookAtAccount("", "", conversation_id, user_id), conversation_id)
+
     async def delivered(self, message_id: str, user_id: str, device_id: str = "d1") -> None:
         shard = keys.shard_of_message(message_id, SHARDS)
         assert shard is not None

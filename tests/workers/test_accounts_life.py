@@ -12,34 +12,17 @@ from protocol import codec, keys, records
 from protocol.models import EventKind
 from tests.workers.residents import code_for, log_in
 from tests.workers.seeding import Rest, membership, refusal
-from workers.codes import Codes
-from workers.instances import Instance
 from workers.rest import export, upkeep
 from workers.rest.desk import Desk, now_ms
 from workers.rest.shapes import moment_at
-from workers.senders import NoSender
 from workers.store.users import DELETION
-from workers.tokens import Tokens
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from workers.broker import Broker
     from workers.settings import Settings
     from workers.store import Store
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-async def desk(settings: Settings, store: Store, broker: Broker, rest: Rest) -> AsyncIterator[Desk]:
-    """A second REST process' desk, beside the one that serves."""
-    instance = Instance(broker, "rest_second", records.InstanceInfo("rest", "http://second", 0, False))
-    async with anyio.create_task_group() as group:
-        await group.start(instance.run)
-        codes = Codes(settings, store, NoSender())
-        yield Desk(settings, store, broker, instance, Tokens(settings.jwt_private_key), codes, None)
-        group.cancel_scope.cancel()
 
 
 async def patch(rest: Rest, token: str, **change: Any) -> dict[str, Any]:
@@ -56,15 +39,19 @@ async def profile(rest: Rest, token: str, user_id: str) -> dict[str, Any]:
     return shown
 
 
-async def send(rest: Rest, token: str, conversation_id: str, content: str) -> None:
+async def send(rest: Rest, token: str, conversation_id: str, content: str) -> str:
     body = {"content": content, "type": "text", "timestamp": 1}
     sent = await rest.call(
         "POST", f"/v1/conversations/{conversation_id}/messages", token, body, Idempotency_Key=f"k-{content}"
     )
     assert sent.status_code == 201, sent.text
+    message_id: str = sent.json()["message_id"]
+    return message_id
 
 
-async def test_a_profile_is_changed_and_shown_as_privacy_allows(rest: Rest, store: Store) -> None:
+async def test_a_profile_is_changed_and_shown_as_privacy_allows(
+    rest: Rest, store: Store, broker: Broker, settings: Settings
+) -> None:
     ann = await log_in(rest, phone="+49301234567")
     bob_id, bob = await rest.user("Bob")
     own = await patch(rest, ann.access_token, name="Anna", avatar_url="https://example.org/a.png")
@@ -91,18 +78,25 @@ async def test_a_profile_is_changed_and_shown_as_privacy_allows(rest: Rest, stor
     assert await profile(rest, bob, ann.user_id) == public
     assert refusal(await rest.call("GET", "/v1/users/usr_nobody", bob)) == (404, "not_found")
     await patch(rest, ann.access_token, privacy={"read_receipts": False})
-    with anyio.fail_after(5):
-        while (await membership(store, group_id, ann.user_id)).hide_reads is not True:  # noqa: ASYNC110 - the owner's
-            await anyio.sleep(0.02)
+    stay = await membership(store, group_id, ann.user_id)
+    assert stay.shown_read_seq == stay.read_seq
     assert await store.db["users"].count_documents({"unfinished": {"$exists": True}}) == 0
     await rest.call("DELETE", f"/v1/blocks/{bob_id}", ann.access_token)
     joined = [await rest.group(bob, ann.user_id), await rest.group(bob)]
     added = await rest.call("POST", f"/v1/conversations/{joined[1]}/participants", bob, {"user_ids": [ann.user_id]})
     assert added.status_code == 200
-    with anyio.fail_after(5):
-        for later in joined:
-            while (await membership(store, later, ann.user_id)).hide_reads is not True:  # noqa: ASYNC110 - the owner's
+    for later in joined:
+        sent = await send(rest, bob, later, "hello")
+        shard = keys.shard_of(later, settings.shards)
+        await broker.append_ingest(shard, records.Receipts([], [records.ReadMark(ann.user_id, "d1", [sent])]))
+        listed = f"/v1/conversations/{later}/messages/{sent}/receipts"
+        with anyio.fail_after(5):
+            while True:
+                receipt = (await rest.call("GET", listed, bob)).json()["items"][0]
+                if receipt["delivered"]:
+                    break
                 await anyio.sleep(0.02)
+        assert not receipt["read"]
 
 
 async def test_who_hides_is_hidden_from_those_who_watch(rest: Rest, broker: Broker) -> None:

@@ -245,7 +245,7 @@ async def test_who_is_blocked_is_refused_both_ways_until_it_ends(yard: Yard) -> 
         conv = await yard.create("ann", "bob")
         await yard.next_down(records.CommandOutcome, 1)
         target = await yard.said(conv, "ann", "k1")
-        await yard.put(records.SetMember(conv, "bob", None, blocks=True), conv)
+        await yard.block("bob", "ann")
         await yard.send(conv, "ann", "k2")
         await yard.send(conv, "bob", "k3")
         await yard.send(conv, "ann", "k1")
@@ -255,7 +255,7 @@ async def test_who_is_blocked_is_refused_both_ways_until_it_ends(yard: Yard) -> 
         reaction = await yard.changed(conv, "bob", "r1", target, records.React("x", add=True))
         deletion = await yard.changed(conv, "ann", "d1", target, records.Delete(for_all=True))
         vanishing = await yard.decided(conv, "ann", records.SetDisappearing(60), "vanish")
-        await yard.put(records.SetMember(conv, "bob", None, blocks=False), conv)
+        await yard.block("bob", "ann", blocks=False)
         await yard.said(conv, "ann", "k4")
         await eventually(lambda: settled(yard))
         stored = await yard.log(conv)
@@ -264,14 +264,12 @@ async def test_who_is_blocked_is_refused_both_ways_until_it_ends(yard: Yard) -> 
     assert [edit["code"], reaction["code"], vanishing] == ["blocked"] * 3
     assert deletion["sequence_number"] == 2
     assert [m["sequence_number"] for m in stored] == [1, 2, 3], "settings are no entries"
-    assert "blocks" not in await membership(yard, conv, "bob")
 
 
-async def test_settings_of_somebody_who_is_not_there_do_nothing(yard: Yard) -> None:
+async def test_the_account_of_somebody_who_is_not_there_means_nothing(yard: Yard) -> None:
     async with run_lane(yard):
         conv = await yard.create("ann", "bob")
-        await yard.put(records.SetMember(conv, "eve", hide_reads=True, blocks=True), conv)
-        await yard.put(records.SetMember("conv_nowhere", "eve", hide_reads=True, blocks=True), "conv_nowhere")
+        await yard.hide("eve", conv, "conv_nowhere")
         await yard.said(conv, "ann", "k1")
         await eventually(lambda: settled(yard))
     assert await yard.store.db["memberships"].find_one({"_id": f"{conv}:eve"}) is None
@@ -280,17 +278,17 @@ async def test_settings_of_somebody_who_is_not_there_do_nothing(yard: Yard) -> N
 async def test_who_hides_what_they_read_has_got_it_for_all_that_others_know(yard: Yard) -> None:
     async with run_lane(yard):
         conv = await yard.create("ann", "bob")
-        await yard.put(records.SetMember(conv, "bob", hide_reads=True, blocks=None), conv)
+        await yard.hide("bob", conv)
         target = await yard.said(conv, "ann", "k1")
         await yard.read(target, "bob")
         await eventually(lambda: settled(yard))
         await yard.send(conv, "ann", "k1")
         (ack,) = await yard.acks(1)
         hidden = (await yard.seen("ann", conv))[target].status
-        await yard.put(records.SetMember(conv, "bob", hide_reads=False, blocks=None), conv)
+        await yard.hide("bob", conv, hides=False)
         await eventually(lambda: settled(yard))
-        read = (await yard.seen("ann", conv))[target].status
-    assert (ack["payload"]["status"], hidden, read) == ("delivered", MessageStatus.DELIVERED, MessageStatus.READ)
+        later = (await yard.seen("ann", conv))[target].status
+    assert (ack["payload"]["status"], hidden, later) == ("delivered", MessageStatus.DELIVERED, MessageStatus.DELIVERED)
 
 
 async def test_who_joins_hides_what_they_read_as_their_account_says(
@@ -298,12 +296,15 @@ async def test_who_joins_hides_what_they_read_as_their_account_says(
 ) -> None:
     """Created, added, and folded after a crash: the account's word holds from the first message on."""
     for user_id in ("bob", "cat"):
-        await yard.store.db["users"].insert_one({"_id": user_id, "privacy": {"read_receipts": False}})
+        await yard.hide(user_id)
     async with run_lane(yard):
         pair = await yard.create("ann", "bob")
         group = await yard.create("ann", "bob", kind=ConversationType.GROUP)
         await yard.add(group, "ann", "cat", "dan", request="a1")
         await yard.next_down(records.CommandOutcome, 3)
+        for name, reader in ((pair, "bob"), (group, "bob"), (group, "cat")):
+            await yard.read(await yard.said(name, "ann", f"k-{name}-{reader}"), reader)
+        await eventually(lambda: settled(yard))
     reached = anyio.Event()
 
     async def never(*_: object) -> None:
@@ -318,13 +319,16 @@ async def test_who_joins_hides_what_they_read_as_their_account_says(
                 await reached.wait()
     async with run_lane(yard):
         await yard.next_down(records.CommandOutcome, 1)
-    stays = await yard.store.db["memberships"].find({"hide_reads": True}).to_list()
-    assert {(stay["conversation_id"], stay["user_id"]) for stay in stays} == {
-        (pair, "bob"),
-        (group, "bob"),
-        (group, "cat"),
-        (other, "cat"),
+        await yard.read(await yard.said(other, "dan", "k9"), "cat")
+        await eventually(lambda: settled(yard))
+    stays = await yard.store.db["memberships"].find({"shown_read_seq": {"$exists": True}}).to_list()
+    assert {(stay["conversation_id"], stay["user_id"]): stay["shown_read_seq"] for stay in stays} == {
+        (pair, "bob"): 0,
+        (group, "bob"): 0,
+        (group, "cat"): 1,
+        (other, "cat"): 0,
     }
+    assert all(stay["read_seq"] > stay["shown_read_seq"] for stay in stays)
 
 
 async def test_a_change_of_a_message_is_no_activity_to_order_conversations_by(yard: Yard) -> None:

@@ -200,7 +200,7 @@ async def test_strangers_and_those_who_may_not_speak_are_not_heard(yard: Yard) -
         assert await yard.decided(group, "ann", records.Silence("bob", 2**45), "hush") is None
         direct = await yard.create("ann", "eve")
         await yard.next_down(records.CommandOutcome, 1)
-        await yard.put(records.SetMember(direct, "eve", None, True), direct)
+        await yard.block("eve", "ann")
         await eventually(lambda: settled(yard))
         for conversation_id, user_id in ((group, "bob"), (group, "mallory"), ("conv_unknown", "ann"), (direct, "ann")):
             await typing(yard, conversation_id, user_id, True)

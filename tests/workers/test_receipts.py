@@ -132,8 +132,8 @@ async def test_a_tick_tells_each_author_once_about_their_newest_message_concerne
     ], "who answers has read what came before"
     by_author = {users[0]: update for users, update in told}
     assert set(by_author) == {"ann", "bob"}
-    assert (by_author["ann"].sequence_number, by_author["ann"].delivered_count) == (3, 2)
-    assert (by_author["bob"].sequence_number, by_author["bob"].delivered_count) == (4, 2)
+    assert (by_author["ann"].sequence_number, by_author["ann"].delivered_count) == (3, 3), "Bob has read it"
+    assert (by_author["bob"].sequence_number, by_author["bob"].delivered_count) == (4, 3), "Ann too"
 
 
 async def test_who_came_later_is_not_counted(yard: Yard) -> None:
@@ -154,8 +154,7 @@ async def test_who_hides_what_they_read_moves_no_read_mark_but_their_own_badge(y
     async with run_lane(yard):
         conv = await yard.create("ann", "bob")
         group = await yard.create("ann", "bob", "cat", kind=ConversationType.GROUP)
-        for name in (conv, group):
-            await yard.put(records.SetMember(name, "bob", True, None), name)
+        await yard.hide("bob", conv, group)
         await yard.send(conv, "ann", "k1")
         (direct,) = await yard.acks(1)
         await yard.send(group, "ann", "k2")
@@ -184,7 +183,7 @@ async def test_no_receipt_goes_back_when_somebody_stops_hiding_what_they_read(ya
     await yard.connect("ann", "bob")
     async with run_lane(yard):
         conv = await yard.create("ann", "bob")
-        await yard.put(records.SetMember(conv, "bob", True, None), conv)
+        await yard.hide("bob", conv)
         ids = []
         for number, sender in enumerate(("ann", "ann", "bob", "ann")):
             await yard.send(conv, sender, f"k{number}")
@@ -193,11 +192,75 @@ async def test_no_receipt_goes_back_when_somebody_stops_hiding_what_they_read(ya
         assert users == ["bob"], "ann has answered; bob, who hides, has told nothing by answering"
         await yard.delivered(ids[0], "bob")
         updates = [update for _, update in await receipts(yard, 1)]
-        await yard.put(records.SetMember(conv, "bob", False, None), conv)
+        await yard.hide("bob", conv, hides=False)
         await eventually(lambda: settled(yard))
         await yard.delivered(ids[1], "bob")
         updates += [update for _, update in await receipts(yard, 1)]
-    assert [(update.delivered_through, update.read_through) for update in updates] == [(1, UNSET), (3, 3)]
+    assert [(update.delivered_through, update.read_through) for update in updates] == [(1, UNSET), (3, UNSET)]
+
+
+async def test_what_was_shown_stays_shown_and_what_was_read_in_hiding_is_never_shown(yard: Yard) -> None:
+    """Off, on, off again; the live updates, the status of acks and pages, and what REST lists say the same."""
+    await yard.connect("ann", "bob")
+    told: list[Any] = []
+
+    async def read(number: int) -> None:
+        ids.append(await yard.said(conv, "ann", f"k{number}"))
+        await yard.delivered(ids[-1], "bob")
+        told.extend(update.read_through for _, update in await receipts(yard, 1))
+        await yard.read(ids[-1], "bob")
+        await eventually(lambda: settled(yard))
+
+    async def check(*wanted: str) -> None:
+        """Per message: its status in a page, in the ack of a repeat, and as REST lists it."""
+        found = await yard.seen("ann", conv)
+        assert [found[name].status.value for name in ids] == list(wanted)
+        for number, (message_id, status) in enumerate(zip(ids, wanted, strict=True), 1):
+            await yard.send(conv, "ann", f"k{number}")
+            (ack,) = await yard.acks(1)
+            assert ack["payload"]["status"] == status, number
+            listed = await yard.store.search.receipts("ann", conv, message_id, "", 10)
+            assert isinstance(listed, tuple)
+            assert [receipt.read for receipt in listed[0]] == [status == "read"], number
+
+    ids: list[str] = []
+    async with run_lane(yard):
+        conv = await yard.create("ann", "bob")
+        await yard.next_down(records.CommandOutcome, 1)
+        await read(1)
+        await receipts(yard, 1)
+        await yard.hide("bob", conv)
+        await read(2)
+        await check("read", "delivered")
+    async with run_lane(yard):  # the next owner shows no more and no less
+        await check("read", "delivered")
+        await yard.hide("bob", conv, hides=False)
+        await eventually(lambda: settled(yard))
+        await check("read", "delivered")
+        await yard.read(ids[1], "bob")
+        await eventually(lambda: settled(yard))
+        await check("read", "delivered")
+    async with run_lane(yard):
+        await check("read", "delivered")
+        await read(3)
+        ((_, last),) = await receipts(yard, 1)
+        await check("read", "read", "read")
+        await yard.hide("bob", conv)
+        await eventually(lambda: settled(yard))
+        await check("read", "read", "read")
+    assert told == [UNSET, 1, 1]
+    assert last.read_through == 3
+
+
+async def test_who_read_it_has_got_it_in_the_counts_of_a_group(yard: Yard) -> None:
+    """Who answers has read what came before, though no device has said it got it: "read by 1, delivered to 0"."""
+    await yard.connect("ann", "bob", "cat")
+    async with run_lane(yard):
+        group = await yard.create("ann", "bob", "cat", kind=ConversationType.GROUP)
+        await yard.said(group, "ann", "k1")
+        await yard.said(group, "bob", "k2")
+        ((_, update),) = await receipts(yard, 1)
+    assert (update.delivered_count, update.read_count, update.participant_count) == (1, 1, 2)
 
 
 def is_receipt(item: records.DownItem) -> bool:

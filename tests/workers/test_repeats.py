@@ -55,7 +55,7 @@ async def test_a_message_that_had_its_ack_is_acked_again_after_a_block(yard: Yar
         conv = await yard.create("ann", "bob")
         await yard.next_down(records.CommandOutcome, 1)
         message_id = await yard.said(conv, "ann", "k1")
-        await yard.put(records.SetMember(conv, "bob", None, blocks=True), conv)
+        await yard.block("bob", "ann")
         await yard.send(conv, "ann", "k2")
         (refused,) = await yard.acks(1)
     again = await repeated(yard, conv, "ann", "k1")

@@ -126,14 +126,15 @@ async def events(rest: Rest, path: str, token: str) -> list[dict[str, Any]]:
 
 
 async def test_only_the_author_is_told_who_has_a_message(rest: Rest, broker: Broker) -> None:
-    (_, token), (bob, reader), (cat, _) = [await rest.user(name) for name in ("Ann", "Bob", "Cat")]
+    (_, token), (bob, reader), (cat, hider) = [await rest.user(name) for name in ("Ann", "Bob", "Cat")]
     group = await rest.group(token, bob, cat)
     messages = f"/v1/conversations/{group}/messages"
     message_id = (await rest.call("POST", messages, token, text(), Idempotency_Key="k1")).json()["message_id"]
     path = f"{messages}/{message_id}/receipts"
     assert refusal(await rest.call("GET", path, reader)) == (403, "forbidden")
+    hidden = await rest.call("PATCH", "/v1/users/me", hider, {"privacy": {"read_receipts": False}})
+    assert hidden.status_code == 200, hidden.text
     shard = keys.shard_of(group, 4)
-    await broker.append_ingest(shard, records.SetMember(group, cat, hide_reads=True, blocks=None))
     marks = [records.ReadMark(name, "d1", [message_id]) for name in (bob, cat)]
     await broker.append_ingest(shard, records.Receipts([], marks))
     wanted = {bob: (True, True), cat: (True, False)}

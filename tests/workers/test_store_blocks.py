@@ -32,8 +32,8 @@ async def test_a_block_has_a_direction_and_repeating_it_changes_nothing(store: S
 async def test_a_block_list_is_paged_by_id_and_ends(store: Store) -> None:
     for name in ("eve", "bob", "dan", "cat"):
         await store.blocks.block("ann", name, START)
-    await store.blocks.unblock("ann", "dan")
-    await store.blocks.unblock("ann", "nobody")
+    await store.blocks.unblock("ann", "dan", START)
+    await store.blocks.unblock("ann", "nobody", START)
     first, more = await store.blocks.listed("ann", "", 2)
     assert ([block.user_id for block in first], more) == (["bob", "cat"], "cat")
     rest, end = await store.blocks.listed("ann", "cat", 2)

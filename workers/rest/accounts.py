@@ -29,7 +29,7 @@ from workers.rest.sessions import Code, code_refused, prove
 from workers.rest.shapes import CallerRequest, PathId, moment_at
 from workers.rest.users import AvatarUrl, Name
 from workers.store.errors import StoreUnavailable
-from workers.store.users import DELETION, READ_RECEIPTS, Account, email_key, phone_key
+from workers.store.users import READ_RECEIPTS, Account, email_key, phone_key
 
 if TYPE_CHECKING:
     from workers.store.verifications import Target
@@ -96,7 +96,10 @@ async def change_account(request: CallerRequest, data: JSONBody[AccountChange], 
     if account is None:
         raise _unknown()
     if unfinished is not None:
-        await upkeep.finish(desk, user_id, unfinished)
+        try:
+            await upkeep.finish(desk, user_id)
+        except upkeep.Undecided as error:
+            raise upkeep.stored_only() from error
     if data.privacy.last_seen is LastSeen.NOBODY:
         await desk.broker.publish_presence(user_id, records.PresenceChange(UserStatus.OFFLINE, 0, hidden_from="*"))
     return account
@@ -178,7 +181,7 @@ async def delete_account(request: CallerRequest, data: JSONBody[DeletionRequest]
     finished = False
     with anyio.move_on_after(desk.settings.command_timeout_seconds):
         try:
-            await upkeep.finish(desk, user_id, DELETION)
+            await upkeep.finish(desk, user_id)
             finished = True
         except (StoreUnavailable, BrokerUnavailable, TooManyWaiting, upkeep.Undecided) as error:
             log.warning("deletion_left", user_id=user_id, error=str(error))

@@ -11,12 +11,12 @@ from litestar.params import QueryParameter
 from protocol import records
 from protocol.errors import ErrorCode
 from protocol.models import UserStatus
-from workers.rest import commands
+from workers.rest import upkeep
 from workers.rest.access import shape_guard, user_guard
-from workers.rest.desk import DeskDependency, now_ms
+from workers.rest.desk import Desk, DeskDependency, now_ms
 from workers.rest.errors import RestError
 from workers.rest.shapes import CallerRequest, Limit, Listing, PathId, moment_at
-from workers.store.blocks import Block
+from workers.store.blocks import Block, Change
 
 
 @get(
@@ -49,10 +49,10 @@ async def block(request: CallerRequest, user_id: PathId, desk: DeskDependency) -
         raise RestError(ErrorCode.VALIDATION_FAILED, "nobody blocks themselves")
     if await desk.store.users.unknown([user_id]):
         raise RestError(ErrorCode.NOT_FOUND, "no such user")
-    await desk.store.blocks.block(blocker, user_id, moment_at(now_ms()))
-    await commands.note_block(desk, blocker, user_id, blocks=True)
+    change = await desk.store.blocks.block(blocker, user_id, moment_at(now_ms()))
     for one, other in ((blocker, user_id), (user_id, blocker)):
         await desk.broker.publish_presence(one, records.PresenceChange(UserStatus.OFFLINE, 0, hidden_from=other))
+    await _finish(desk, change)
 
 
 @delete(
@@ -63,5 +63,14 @@ async def block(request: CallerRequest, user_id: PathId, desk: DeskDependency) -
 )
 async def unblock(request: CallerRequest, user_id: PathId, desk: DeskDependency) -> None:
     """204, also where there was no block."""
-    await desk.store.blocks.unblock(request.user.user, user_id)
-    await commands.note_block(desk, request.user.user, user_id, blocks=False)
+    change = await desk.store.blocks.unblock(request.user.user, user_id, moment_at(now_ms()))
+    if change is not None:
+        await _finish(desk, change)
+
+
+async def _finish(desk: Desk, change: Change) -> None:
+    """Answered once it is in force. What fails here is finished by `upkeep`. Raises RestError, BrokerUnavailable."""
+    try:
+        await upkeep.finish_block(desk, change)
+    except upkeep.Undecided as error:
+        raise upkeep.stored_only() from error

@@ -174,15 +174,6 @@ async def change_message(
     return _decode_ack(await _decided(desk, record))
 
 
-async def note_block(desk: Desk, blocker: str, blocked: str, *, blocks: bool) -> None:
-    """Tell the owner of their 1:1 conversation, where there is one, what the account's block list says. Not answered;
-    said again by repeating the request, where the list was written and this was lost."""
-    conversation_id = keys.direct_conversation_id(blocker, blocked)
-    if await desk.store.memberships.role(conversation_id, blocker) is not None:
-        record = records.SetMember(conversation_id, blocker, None, blocks)
-        await desk.broker.append_ingest(keys.shard_of(conversation_id, desk.settings.shards), record)
-
-
 async def _change_conversation(desk: Desk, record: records.GroupCommand) -> Conversation:
     conversation = _decode_conversation(await _decided(desk, record))
     leaves = isinstance(record, records.RemoveParticipant) and record.user_id == record.actor

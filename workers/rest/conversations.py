@@ -102,16 +102,7 @@ async def create_conversation(
     created = await commands.create(
         desk, actor, data.conversation_type, participants, data.agent_id, data.title, idempotency_key
     )
-    if data.conversation_type is ConversationType.ONE_TO_ONE:
-        await _note_blocks(desk, *participants)
     return Response(created, status_code=201)
-
-
-async def _note_blocks(desk: Desk, user_id: str, other_id: str) -> None:
-    """A block of the moment before found no conversation whose owner could be told."""
-    for one, other in ((user_id, other_id), (other_id, user_id)):
-        if await desk.store.blocks.who_blocks(other, [one]):
-            await commands.note_block(desk, one, other, blocks=True)
 
 
 async def refuse_invitation(desk: Desk, actor: str, user_ids: list[str]) -> RestError | None:

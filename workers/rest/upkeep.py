@@ -22,16 +22,21 @@ from workers.instances import TooManyWaiting
 from workers.rest.desk import now_ms
 from workers.rest.device_keys import retire
 from workers.rest.devices import key_devices
+from workers.rest.errors import RestError
 from workers.rest.shapes import moment_at
 from workers.store.errors import StoreUnavailable
 from workers.store.users import DELETION, READ_RECEIPTS
 
 if TYPE_CHECKING:
     from workers.rest.desk import Desk
+    from workers.store.blocks import Change
+    from workers.store.users import Unfinished
 
 EVERY_SECONDS: Final = 15.0
 ABANDONED_SECONDS: Final = 60.0
 """Work that began so long ago and has not ended lost its process. Doing it twice at once is harmless."""
+_AT_ONCE: Final = 20
+"""Conversations whose owners are asked at the same time, and blocks that are read at once."""
 _GONE: Final = frozenset((ErrorCode.NOT_FOUND, ErrorCode.CONVERSATION_NOT_FOUND))
 
 log = structlog.get_logger(__name__)
@@ -39,6 +44,11 @@ log = structlog.get_logger(__name__)
 
 class Undecided(Exception):
     """An owner did not answer in time: the work stays unfinished."""
+
+
+def stored_only() -> RestError:
+    """For who asked: it is stored, and not in force everywhere yet."""
+    return RestError(ErrorCode.STORAGE_UNAVAILABLE, "stored, and soon in force everywhere; it is not yet")
 
 
 async def run(desk: Desk) -> None:
@@ -55,20 +65,54 @@ async def run(desk: Desk) -> None:
 async def finish_one(desk: Desk, abandoned_seconds: float) -> bool:
     """Finish the work that was left longest ago; False where there is none. Raises what its steps raise."""
     now = moment_at(now_ms())
-    found = await desk.store.users.take_unfinished(now - timedelta(seconds=abandoned_seconds), now)
+    before = now - timedelta(seconds=abandoned_seconds)
+    change = await desk.store.blocks.take_unfinished(before, now)
+    if change is not None:
+        log.info("upkeep_resumed", user_id=change.user_id, work="block")
+        await finish_block(desk, change)
+        return True
+    found = await desk.store.users.take_unfinished(before, now)
     if found is None:
         return False
     log.info("upkeep_resumed", user_id=found.user_id, work=found.work)
-    await finish(desk, found.user_id, found.work)
+    await _finish(desk, found)
     return True
 
 
-async def finish(desk: Desk, user_id: str, work: str) -> None:
-    """Do all of it, and say so. Raises StoreUnavailable, BrokerUnavailable, TooManyWaiting, Undecided: it stays."""
-    for step in STEPS[work]:
-        await step(desk, user_id)
-    await desk.store.users.finished(user_id, work)
-    log.info("upkeep_finished", user_id=user_id, work=work)
+async def finish(desk: Desk, user_id: str) -> None:
+    """Do all that is unfinished for an account, and say so. Raises StoreUnavailable, BrokerUnavailable, TooManyWaiting,
+    Undecided: it stays."""
+    found = await desk.store.users.unfinished(user_id)
+    if found is not None:
+        await _finish(desk, found)
+
+
+async def _finish(desk: Desk, found: Unfinished) -> None:
+    for step in STEPS[found.work]:
+        await step(desk, found.user_id)
+    await desk.store.users.finished(found)
+    log.info("upkeep_finished", user_id=found.user_id, work=found.work)
+
+
+# --- blocks ----------------------------------------------------------------------------------------------------------
+
+
+async def finish_block(desk: Desk, change: Change) -> None:
+    """The owner of their 1:1 conversation has looked at the block list since it changed. Raises as `finish`.
+
+    Where there is no conversation yet, its owner looks behind its creation.
+    """
+    conversation_id = keys.direct_conversation_id(change.user_id, change.blocked_id)
+    if await desk.store.memberships.role(conversation_id, change.user_id) is not None:
+        await _have_looked(desk, conversation_id, change.user_id)
+    await desk.store.blocks.finished(change)
+
+
+async def _have_looked(desk: Desk, conversation_id: str, user_id: str) -> None:
+    record = records.LookAtAccount(desk.instance.instance_id, desk.new_id("req"), conversation_id, user_id)
+    shard = keys.shard_of(conversation_id, desk.settings.shards)
+    if await desk.instance.command(shard, record, desk.settings.command_timeout_seconds) is None:
+        raise Undecided(f"looking at {user_id}")
 
 
 # --- deletion --------------------------------------------------------------------------------------------------------
@@ -109,8 +153,12 @@ async def forget_keys(desk: Desk, user_id: str) -> None:
 
 
 async def forget_blocks(desk: Desk, user_id: str) -> None:
-    """Whom the account blocked."""
-    await desk.store.blocks.forget_user(user_id)
+    """Whom the account blocked: lifted one by one, as anybody lifts a block."""
+    while blocks := (await desk.store.blocks.listed(user_id, "", _AT_ONCE))[0]:
+        for block in blocks:
+            change = await desk.store.blocks.unblock(user_id, block.user_id, moment_at(now_ms()))
+            if change is not None:
+                await finish_block(desk, change)
 
 
 async def abandon_media(desk: Desk, user_id: str) -> None:
@@ -128,26 +176,27 @@ async def forget_devices(desk: Desk, user_id: str) -> None:
 
 
 async def tell_owners(desk: Desk, user_id: str) -> None:
-    """Every owner of a live conversation hears whether the account hides what it has read.
+    """Every owner of a live conversation has looked, since the change, whether the account hides what it reads. Of
+    later stays their owners look by themselves.
 
-    Two changes at once may tell in any order; so who is done looks again, and the last word is the account's.
+    Two changes at once do no harm: whoever looks sees the account as it is.
     """
-    told: bool | None = None
-    while told != (hidden := await _hides_reads(desk, user_id)):
-        async for page in desk.store.stays.stays(user_id, live=True):
+    unheard: list[Exception] = []
+    at_once = anyio.Semaphore(_AT_ONCE)
+
+    async def tell(conversation_id: str) -> None:
+        async with at_once:
+            try:
+                await _have_looked(desk, conversation_id, user_id)
+            except (BrokerUnavailable, TooManyWaiting, Undecided) as error:
+                unheard.append(error)
+
+    async for page in desk.store.stays.stays(user_id, live=True):
+        async with anyio.create_task_group() as group:
             for stay in page:
-                await _tell_owner(desk, stay.membership.conversation_id, user_id, hidden=hidden)
-        told = hidden
-
-
-async def _hides_reads(desk: Desk, user_id: str) -> bool:
-    privacy = (await desk.store.users.privacy([user_id])).get(user_id)
-    return privacy is not None and not privacy.read_receipts
-
-
-async def _tell_owner(desk: Desk, conversation_id: str, user_id: str, *, hidden: bool) -> None:
-    record = records.SetMember(conversation_id, user_id, hidden, None)
-    await desk.broker.append_ingest(keys.shard_of(conversation_id, desk.settings.shards), record)
+                group.start_soon(tell, stay.membership.conversation_id)
+        if unheard:
+            raise unheard[0]
 
 
 STEPS: Final = {

@@ -98,15 +98,16 @@ def _end(member: Document) -> int:
     return int(member.get("leave_seq", 2**53))
 
 
-def _shown_marks(member: Document) -> tuple[int, int]:
-    """(delivered, read) as others may know them: who hides what it reads has got it, no more."""
-    delivered, read = member["delivered_seq"], member["read_seq"]
-    return (max(delivered, read), 0) if member.get("hide_reads") else (delivered, read)
+def shown_marks(member: Document) -> tuple[int, int]:
+    """(delivered, read) as others may know them: what somebody has read and hides they have got, no more."""
+    read: int = member["read_seq"]
+    shown: int = member.get("shown_read_seq", read)
+    return max(member["delivered_seq"], read), shown
 
 
 def _least_marks(members: Iterable[Document]) -> list[tuple[int, int]]:
     """The marks that decide for all of them: the least delivered and the least read; none for nobody."""
-    marks = [_shown_marks(member) for member in members]
+    marks = [shown_marks(member) for member in members]
     if not marks:
         return []
     return [(min(delivered for delivered, _ in marks), min(read for _, read in marks))]

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from msgspec import UNSET
 from pymongo import DESCENDING, ReplaceOne, UpdateOne
 from pymongo.errors import BulkWriteError
 
 from protocol.models import Conversation, ConversationType, Membership, Role, to_document
 from protocol.watermarks import NO_DIGEST
+from workers.store.blocks import IN_FORCE, block_name
 from workers.store.changes import Effect, operations, original_hash
 from workers.store.errors import store_errors
 
@@ -55,6 +55,10 @@ class Loaded(NamedTuple):
     last_created_at: datetime | None
     tail: list[TailMessage]
     """System messages after `membership_seq` and all messages after the flushed sequence, ascending."""
+    hiding: frozenset[str]
+    """Those who hide what they read, as their accounts say; perhaps others too."""
+    blocking: frozenset[tuple[str, str]]
+    """(who, whom) in 1:1 conversations; perhaps of others too."""
 
 
 class MemberChange(NamedTuple):
@@ -80,15 +84,6 @@ class Projected(NamedTuple):
     effects: list[Effect]
 
 
-class MemberSettings(NamedTuple):
-    """What an account's settings mean in one conversation; None: as it was."""
-
-    conversation_id: str
-    user_id: str
-    hide_reads: bool | None
-    blocks: bool | None
-
-
 class ConversationStore:
     """`conversations` and `memberships`, for the owner of their shard."""
 
@@ -98,6 +93,7 @@ class ConversationStore:
         self._messages = database["messages"]
         self._sequences = database["sequence_numbers"]
         self._users = database["users"]
+        self._blocks = database["blocks"]
 
     async def load(self, conversation_ids: Sequence[str]) -> dict[str, Loaded]:
         """State of these conversations; unknown ids are left out. A constant number of round trips."""
@@ -115,8 +111,14 @@ class ConversationStore:
             heads = {d["_id"]: d["head"] async for d in await self._messages.aggregate(heads_pipeline(known))}
             flushed = {d["_id"]: d async for d in self._sequences.find({"_id": {"$in": known}})}
             tails = await self._tails(documents, heads, flushed)
+        # Behind the members: what an account says is stored before its memberships are looked for (`rest/upkeep.py`).
+        hiding = await self.hiding({member.user_id for name in known for member in members[name]})
+        pairs = [members[name] for name in known if documents[name]["type"] == ConversationType.ONE_TO_ONE.value]
+        blocking = await self.blocking([(one.user_id, other.user_id) for one, other in filter(_is_pair, pairs)])
         return {
-            name: _loaded(document, members[name], heads.get(name), flushed.get(name), tails.get(name, []))
+            name: _loaded(
+                document, members[name], heads.get(name), flushed.get(name), tails.get(name, []), hiding, blocking
+            )
             for name, document in documents.items()
         }
 
@@ -216,26 +218,19 @@ class ConversationStore:
                 await self._conversations.bulk_write(marks, ordered=False)
 
     async def hiding(self, user_ids: Iterable[str]) -> frozenset[str]:
-        """Those whose account hides what it has read: their new stays do so from the start. Raises StoreUnavailable."""
+        """Those whose account hides what it reads. Raises StoreUnavailable."""
         wanted = {"_id": {"$in": list(user_ids)}, "privacy.read_receipts": False}
         with store_errors():
             return frozenset([document["_id"] async for document in self._users.find(wanted, {"_id": 1})])
 
-    async def set_members(self, settings: Iterable[MemberSettings]) -> None:
-        """Write what accounts' settings mean for these live memberships. Raises StoreUnavailable."""
-        changes = [
-            UpdateOne(
-                {"_id": f"{one.conversation_id}:{one.user_id}", "leave_seq": {"$exists": False}},
-                _set_or_unset(
-                    {name: value or None for name, value in one._asdict().items() if isinstance(value, bool)}
-                ),
-            )
-            for one in settings
-            if one.hide_reads is not None or one.blocks is not None
-        ]
-        if changes:
-            with store_errors():
-                await self._memberships.bulk_write(changes, ordered=True)
+    async def blocking(self, pairs: Iterable[tuple[str, str]]) -> frozenset[tuple[str, str]]:
+        """(who, whom) of the blocks, either way, between these pairs. Raises StoreUnavailable."""
+        names = [block_name(*pair) for one, other in pairs for pair in ((one, other), (other, one))]
+        if not names:
+            return frozenset()
+        with store_errors():
+            found = self._blocks.find({"_id": {"$in": names}, **IN_FORCE}, {"user_id": 1, "blocked_id": 1})
+            return frozenset([(document["user_id"], document["blocked_id"]) async for document in found])
 
 
 def heads_pipeline(conversation_ids: list[str]) -> list[Document]:
@@ -276,6 +271,10 @@ _TAIL_FIELDS = dict.fromkeys(
     1,
 )
 _DUPLICATE_KEY = 11000
+
+
+def _is_pair(members: list[Membership]) -> bool:
+    return len(members) == 2
 
 
 def _is_change(message: Document) -> bool:
@@ -319,7 +318,7 @@ def unescape_device(field: str) -> str:
     return field
 
 
-_OPTIONAL_OF_MEMBER = ("leave_seq", "silenced_until", "hide_reads", "blocks")
+_OPTIONAL_OF_MEMBER = ("leave_seq", "silenced_until", "shown_read_seq")
 _OPTIONAL_OF_CONVERSATION = ("last_message_at", "title", "disappearing_seconds")
 
 
@@ -354,9 +353,7 @@ def conversation_of(document: Document) -> Conversation:
     )
 
 
-def new_membership(
-    conversation_id: str, user_id: str, role: Role, join_seq: int, countable_before: int, *, hide_reads: bool = False
-) -> Membership:
+def new_membership(conversation_id: str, user_id: str, role: Role, join_seq: int, countable_before: int) -> Membership:
     """A fresh stay from `join_seq` on: nothing before it counts as unread or undelivered."""
     return Membership(
         membership_id=f"{conversation_id}:{user_id}",
@@ -368,7 +365,6 @@ def new_membership(
         read_seq=join_seq - 1,
         read_countable=countable_before,
         devices={},
-        hide_reads=True if hide_reads else UNSET,
     )
 
 
@@ -383,6 +379,8 @@ def _loaded(
     head: Document | None,
     flushed: Document | None,
     tail: list[TailMessage],
+    hiding: frozenset[str],
+    blocking: frozenset[tuple[str, str]],
 ) -> Loaded:
     # A log whose every message has expired goes on where it ended: the flushed counter knows.
     at: Document = head or flushed or {}
@@ -396,4 +394,6 @@ def _loaded(
         countable=at.get("countable", 0),
         last_created_at=at.get("created_at", at.get("updated_at")),
         tail=tail,
+        hiding=hiding,
+        blocking=blocking,
     )

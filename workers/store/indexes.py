@@ -86,6 +86,7 @@ def _account_indexes() -> dict[str, list[IndexModel]]:
     return {
         "blocks": [
             IndexModel([("user_id", ASCENDING), ("blocked_id", ASCENDING)], name="user_blocked"),
+            _unfinished_index(),
         ],
         "users": [
             IndexModel(
@@ -97,11 +98,7 @@ def _account_indexes() -> dict[str, list[IndexModel]]:
             for field in ("phone", "email", "phone_key", "email_key")
         ]
         + [
-            IndexModel(
-                [("unfinished_since", ASCENDING)],
-                name="unfinished",
-                partialFilterExpression={"unfinished_since": {"$exists": True}},
-            ),
+            _unfinished_index(),
         ],
         "devices": [
             IndexModel([("user_id", ASCENDING), ("device_id", ASCENDING)], name="user_device"),
@@ -132,3 +129,12 @@ def _account_indexes() -> dict[str, list[IndexModel]]:
             IndexModel([("claimed_at", ASCENDING)], name=RETENTION_INDEX, expireAfterSeconds=CLAIMED_SECONDS),
         ],
     }
+
+
+def _unfinished_index() -> IndexModel:
+    """What somebody began and has not ended, oldest first."""
+    return IndexModel(
+        [("unfinished_since", ASCENDING)],
+        name="unfinished",
+        partialFilterExpression={"unfinished_since": {"$exists": True}},
+    )

@@ -30,7 +30,7 @@ SPAN: Final = 500
 """Longest range of one `retransmit` (protocol.md)."""
 _END: Final = 2**53
 """Greater than any sequence (`protocol.models.Sequence`)."""
-_MARKS: Final = dict.fromkeys(("user_id", "join_seq", "leave_seq", "delivered_seq", "read_seq", "hide_reads"), 1)
+_MARKS: Final = dict.fromkeys(("user_id", "join_seq", "leave_seq", "delivered_seq", "read_seq", "shown_read_seq"), 1)
 
 
 class NotVisible(msgspec.Struct, frozen=True):

@@ -27,7 +27,7 @@ CHUNK = 64
 
 
 class Mark(NamedTuple):
-    """One member's watermarks; `devices`: those cursors that moved."""
+    """One member's watermarks; `devices`: those cursors that moved; `shown_read_seq`: see `Membership`."""
 
     conversation_id: str
     user_id: str
@@ -35,6 +35,7 @@ class Mark(NamedTuple):
     read_seq: int
     read_countable: int
     devices: dict[str, int]
+    shown_read_seq: int | None = None
 
 
 class HeadMark(NamedTuple):
@@ -70,6 +71,9 @@ class MarkStore:
                 "read_seq": mark.read_seq,
                 "read_countable": mark.read_countable,
             }
+            if mark.shown_read_seq is not None:
+                # In the same update as the real mark: nobody sees a moment when what is hidden shows.
+                maxima["shown_read_seq"] = mark.shown_read_seq
             for device_id, sequence in mark.devices.items():
                 maxima[f"devices.{escape_device(device_id)}"] = sequence
             operations.append(UpdateOne({"_id": f"{mark.conversation_id}:{mark.user_id}"}, {"$max": maxima}))

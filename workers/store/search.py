@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import msgspec
 
 from protocol.models import MessageType, StoredMessage
-from workers.store.audience import Audience
+from workers.store.audience import Audience, shown_marks
 from workers.store.errors import store_errors
 from workers.store.indexes import SEQUENCE_INDEX
 from workers.store.logs import NotVisible
@@ -287,9 +287,8 @@ def _sees(audience: Audience, document: Document) -> bool:
 
 
 def _receipt(member: Document, sequence: int) -> Receipt:
-    """Who hides what they have read shows only what was delivered."""
-    read = member["read_seq"] >= sequence and not member.get("hide_reads")
-    return Receipt(member["user_id"], read or member["delivered_seq"] >= sequence, read)
+    delivered, read = shown_marks(member)
+    return Receipt(member["user_id"], delivered >= sequence, read >= sequence)
 
 
 def _now() -> datetime:

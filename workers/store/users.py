@@ -8,6 +8,7 @@ messages name its id. `unfinished` says what REST still has to do for it elsewhe
 from __future__ import annotations
 
 import re
+import secrets
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -46,14 +47,16 @@ class Account(User, kw_only=True, frozen=True):
 
 
 class Unfinished(msgspec.Struct, frozen=True):
-    """`work`: deletion or read_receipts."""
+    """`work`: deletion or read_receipts. `token`: of the change alone that asked for it."""
 
     user_id: str
     work: str
+    token: str
 
 
 DELETION: Final = "deletion"
 READ_RECEIPTS: Final = "read_receipts"
+_INTENT: Final = dict.fromkeys(("unfinished", "unfinished_since", "unfinished_token"), 1)
 
 
 def phone_key(text: str) -> str | None:
@@ -145,7 +148,7 @@ class UserStore:
         """Set and remove fields of an account; the account as it is then. `unfinished`: see `finished`."""
         update: Document = {"$set": dict(values)}
         if unfinished is not None:
-            update["$set"] |= {"unfinished": unfinished, "unfinished_since": now}
+            update["$set"] |= _intent(unfinished, now)
         removed = dict.fromkeys(gone, "")
         if removed:
             update["$unset"] = removed
@@ -172,18 +175,23 @@ class UserStore:
             "email": None,
             "status": UserStatus.OFFLINE.value,
             "deleted_at": now,
-            "unfinished": DELETION,
-            "unfinished_since": now,
+            **_intent(DELETION, now),
         }
         gone = dict.fromkeys(("phone_key", "email_key", "avatar_url", "last_seen", "privacy"), "")
         with store_errors():
             await self._users.update_one({"_id": user_id, **_ACTIVE}, {"$set": blank, "$unset": gone})
 
-    async def finished(self, user_id: str, work: str) -> None:
-        """What `unfinished` named is done."""
+    async def unfinished(self, user_id: str) -> Unfinished | None:
+        """What is still to be done for an account."""
+        with store_errors():
+            document = await self._users.find_one({"_id": user_id, "unfinished": {"$exists": True}}, _INTENT)
+        return None if document is None else _unfinished(document)
+
+    async def finished(self, done: Unfinished) -> None:
+        """That is done; nothing happens where the account has changed again."""
         with store_errors():
             await self._users.update_one(
-                {"_id": user_id, "unfinished": work}, {"$unset": {"unfinished": "", "unfinished_since": ""}}
+                {"_id": done.user_id, "unfinished_token": done.token}, {"$unset": dict.fromkeys(_INTENT, "")}
             )
 
     async def take_unfinished(self, before: datetime, now: datetime) -> Unfinished | None:
@@ -192,7 +200,16 @@ class UserStore:
             document = await self._users.find_one_and_update(
                 {"unfinished_since": {"$lt": before}},
                 {"$set": {"unfinished_since": now}},
-                projection={"unfinished": 1},
+                projection=_INTENT,
                 sort=[("unfinished_since", 1)],
             )
-        return None if document is None else Unfinished(document["_id"], document["unfinished"])
+        return None if document is None else _unfinished(document)
+
+
+def _intent(work: str, now: datetime) -> Document:
+    """What a change writes down with itself: this is to be done elsewhere."""
+    return {"unfinished": work, "unfinished_since": now, "unfinished_token": secrets.token_hex(8)}
+
+
+def _unfinished(document: Document) -> Unfinished:
+    return Unfinished(document["_id"], document["unfinished"], document["unfinished_token"])
