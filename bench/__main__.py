@@ -23,6 +23,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
         "CPU per message and memory per connection of both transports and three echo servers",
     ),
     "drain": ("bench.drain", "stop and start every gateway in turn under load: nobody loses anything"),
+    "chaos": ("bench.chaos.campaign", "faults on real processes under load, and a verdict on every message"),
     "locust": ("bench.locust_run", "a short headless locust run with its HTML report"),
     "conformance": ("bench.conformance", "schemathesis against the HTTP API: does it keep what its document says"),
     "autobahn": ("bench.autobahn", "the Autobahn cases against both transports, judged by four gates"),

@@ -1,6 +1,7 @@
 """The load driver as its parent sees it: a child process that takes one command and gives one answer at a time.
 
-Called by the load benches. The child's standard error is the parent's, so that what it says is seen.
+Called by the load benches, and by the chaos run for its crowds and its links. The child's standard error is the
+parent's, so that what it says is seen.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ class DriverProcess:
     def command(self, command: msgspec.Struct, timeout_seconds: float) -> dict[str, Any]:
         """Send one command and wait for its answer. Raises DriverError."""
         _pipe(self._process.stdin).write(msgspec.json.encode(command) + b"\n")
+        return self.answer(timeout_seconds)
+
+    def answer(self, timeout_seconds: float) -> dict[str, Any]:
+        """The next line it says. Raises DriverError."""
         answer: dict[str, Any] = msgspec.json.decode(read_line(self._process, timeout_seconds + ANSWER_GRACE_SECONDS))
         return answer
 
@@ -57,9 +62,9 @@ def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
 
 
 @contextmanager
-def open_driver() -> Iterator[DriverProcess]:
-    """Start a driver; it ends with the block, since its input does."""
-    arguments = (sys.executable, "-m", "bench.driver")
+def open_driver(module: str = "bench.driver", *words: str) -> Iterator[DriverProcess]:
+    """Start a driver, or another module that works like one; it ends with the block, since its input does."""
+    arguments = (sys.executable, "-m", module, *words)
     with subprocess.Popen(arguments, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         try:
             yield DriverProcess(process)

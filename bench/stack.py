@@ -105,13 +105,15 @@ def run_stack(
     workers: int = 1,
     transport: str | Sequence[str] = "epoll",
     settings: Mapping[str, str] | None = None,
+    own_settings: Mapping[str, Mapping[str, str]] | None = None,
     services: Services | None = None,
     roles: Sequence[str] = ("ingest", "query"),
     data_dir: Path | None = None,
 ) -> Iterator[Stack]:
     """Run the system until the block ends; yields when every process with a health page says it is ready.
 
-    `settings` are `TRIREME_*` variables over the defaults (rate limits out of the way). Without `services` the stack
+    `settings` are `TRIREME_*` variables over the defaults (rate limits out of the way), `own_settings` those of one
+    process by its name (gateway-1, worker-1, rest), over these. Without `services` the stack
     has a Valkey and a mongod of its own; without `data_dir` everything it writes goes when it ends. To be called from
     the main thread: the processes end with the thread that started them. Of several transports the gateways take one
     in turn.
@@ -126,14 +128,17 @@ def run_stack(
         environment = _environment(backing, transports[0], settings or {})
         processes: list[Process] = []
         exits.callback(_end, processes)
+        mine = own_settings or {}
         for number in range(workers):
             name = f"worker-{number + 1}"
-            processes.append(_start("worker", name, ["-m", "workers", *roles], environment, directory, None))
+            own = {**environment, **mine.get(name, {})}
+            processes.append(_start("worker", name, ["-m", "workers", *roles], own, directory, None))
         for number in range(gateways):
             kind = transports[number % len(transports)] if len(transports) > 1 else None
-            processes.append(_start_gateway(f"gateway-{number + 1}", kind, environment, directory))
+            name = f"gateway-{number + 1}"
+            processes.append(_start_gateway(name, kind, {**environment, **mine.get(name, {})}, directory))
         rest_port = free_port()
-        own = {**environment, "TRIREME_REST_PORT": str(rest_port)}
+        own = {**environment, **mine.get("rest", {}), "TRIREME_REST_PORT": str(rest_port)}
         processes.append(_start("rest", "rest", ["-m", "workers", "rest"], own, directory, rest_port))
         wait_ready(processes)
         yield Stack(
@@ -190,8 +195,8 @@ def _start(
 
 
 def _start_gateway(name: str, transport: str | None, environment: dict[str, str], directory: Path) -> Process:
-    """`transport` None: the environment's."""
-    port = free_port()
+    """`transport` None: the environment's. Any free port, where that names none."""
+    port = int(environment.get("TRIREME_GATEWAY_PORT", 0)) or free_port()
     own = {**environment, "TRIREME_GATEWAY_PORT": str(port)}
     if transport is not None:
         own["TRIREME_GATEWAY_TRANSPORT"] = transport

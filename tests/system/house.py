@@ -17,7 +17,7 @@ import msgspec
 import pymongo
 import redis
 
-from bench.services import HOST, _valkey_arguments, free_port, spawn, stop
+from bench.services import HOST, free_port, spawn, stop, valkey_arguments
 from bench.stack import PROJECT, WS_PATH, Stack, answers, run_stack
 from protocol import keys
 
@@ -192,7 +192,7 @@ def _program(pid: int) -> Program:
 
 def _valkey(program: Program, port: int) -> Program:
     """Valkey overwrites its arguments with a title."""
-    return msgspec.structs.replace(program, arguments=_valkey_arguments(Path(program.directory), port))
+    return msgspec.structs.replace(program, arguments=valkey_arguments(Path(program.directory), port))
 
 
 @contextmanager

@@ -1,0 +1,102 @@
+"""A database process that is killed, paused and brought back as often as wanted: Valkey, or a member of the set."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import time
+from typing import TYPE_CHECKING, Final
+
+from bench.services import (
+    START_DEADLINE_SECONDS,
+    STOP_DEADLINE_SECONDS,
+    ServicesError,
+    log_tail,
+    spawn,
+    stop,
+    valkey_answers,
+    valkey_arguments,
+)
+
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Callable
+    from pathlib import Path
+
+POLL_SECONDS: Final = 0.02
+
+
+class Server:
+    """One such process between its starts and its ends. To be started from the main thread: it ends with it."""
+
+    def __init__(self, name: str, arguments: list[str], port: int, log: Path) -> None:
+        self.name = name
+        self.port = port
+        self.log = log
+        self._arguments = arguments
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        """Of the one that runs. Raises ServicesError where none does."""
+        if self._process is None:
+            raise ServicesError(f"{self.name} was not started")
+        return self._process.pid
+
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> None:
+        """Start it (again): same port, same data."""
+        self._process = spawn(self._arguments, self.log)
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until it is gone."""
+        self._signal(signal.SIGKILL)
+        if self._process is not None:
+            self._process.wait()
+
+    def pause(self) -> None:
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(number)
+
+    def end(self) -> None:
+        """For good, from whatever state it is in."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGCONT)
+            stop(self._process, STOP_DEADLINE_SECONDS)
+
+    def wait_until(self, ready: Callable[[], bool], deadline: float) -> None:
+        """Poll. Raises ServicesError with the end of its log when it ends or the monotonic deadline passes."""
+        while not ready():
+            if not self.is_running:
+                raise ServicesError(f"{self.name} ended; its log ends with:\n{log_tail(self.log)}")
+            if time.monotonic() >= deadline:
+                raise ServicesError(f"{self.name} was not ready in time; its log ends with:\n{log_tail(self.log)}")
+            time.sleep(POLL_SECONDS)
+
+
+class Valkey(Server):
+    """The one Valkey, with its append-only file (everysec)."""
+
+    def __init__(self, directory: Path, port: int) -> None:
+        self.data_dir = directory / "valkey"
+        self.data_dir.mkdir(parents=True, exist_ok=True)
+        super().__init__("valkey", valkey_arguments(self.data_dir, port), port, directory / "valkey.log")
+
+    def start_ready(self) -> None:
+        """Start it and wait until it has loaded its data."""
+        self.start()
+        self.wait_until(lambda: valkey_answers(self.port), time.monotonic() + START_DEADLINE_SECONDS)
+
+    def forget(self) -> None:
+        """Remove its data, while it is down."""
+        shutil.rmtree(self.data_dir)
+        self.data_dir.mkdir()
