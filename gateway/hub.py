@@ -24,6 +24,7 @@ from gateway.sweep import HeadSweep, RegistrySweep, TokenSweep
 from gateway.timers import TimerWheel
 from gateway.transport import HttpAnswer, Outgoing, Transport
 from protocol import frames, keys, records
+from protocol.backlog import State
 from protocol.codec import JSON, FrameCodec
 from protocol.errors import AuthErrorCode, CloseCode, ErrorCode
 from protocol.limits import Limits, TokenBucket
@@ -186,7 +187,7 @@ class Hub:
 
     def verify(self, connection: Connection, payload: frames.AuthPayload, now: float) -> None:
         """Check a token and let the session know; for a session token as soon as Redis has answered."""
-        outcome: Admitted | Refused | None = self._refuse_early(payload)
+        outcome: Admitted | Refused | None = self._refuse_early(connection, payload)
         if outcome is None and payload.auth_token.startswith(keys.MIGRATION_PREFIX):
             outcome = self._redeem(connection, payload, now)
             if outcome is None:
@@ -226,7 +227,9 @@ class Hub:
             connection.redeeming = payload
         return refused
 
-    def _refuse_early(self, payload: frames.AuthPayload) -> Refused | None:
+    def _refuse_early(self, connection: Connection, payload: frames.AuthPayload) -> Refused | None:
+        if connection.session.state is State.LIVE:
+            return None  # it is in: a fresh token asks for nothing that this process may not have to give
         if self.draining:
             return Refused(AuthErrorCode.DRAINING)
         if self.broker.missing():
@@ -293,7 +296,8 @@ class Hub:
 
     def _answer_lost_query(self, connection: Connection, query: records.Query, code: ErrorCode, now: float) -> None:
         """The session repeats pages and its opening by itself; a client's own question needs an answer."""
-        if isinstance(query, records.OpenQuery) and connection.session.blocked:
+        is_opening = connection.session.state is State.OPENING
+        if isinstance(query, records.OpenQuery) and is_opening and not query.is_check:
             connection.run(connection.session.refuse(AuthErrorCode.SERVER_BUSY, _RETRY_MS), now)
         elif isinstance(query, records.RangeQuery | records.HistoryQuery):
             frame = frames.error_frame(
@@ -323,7 +327,7 @@ class Hub:
 
             def step(now: float, wall_ms: int) -> list[Command]:
                 target.redeeming = None
-                outcome: Admitted | Refused | None = self._refuse_early(payload)
+                outcome: Admitted | Refused | None = self._refuse_early(target, payload)
                 if outcome is not None:
                     pass
                 elif isinstance(found, ErrorCode):
@@ -410,6 +414,8 @@ class Hub:
                 self.heads.answered(item, now)
             elif isinstance(item, records.PresenceAnswer):
                 self.presence.answered(item, now)
+            elif isinstance(item, records.TokenGood):
+                self.tokens.answered(item.connection)
             elif not isinstance(item, records.CommandOutcome):
                 self._route_answer(item, now, wall_ms)
 
@@ -484,7 +490,7 @@ class Hub:
     def sweep(self, now: float) -> None:
         """Once a second: ask for heads, repair what stayed behind, keep the registry alive."""
         wall_ms = self.wall_ms()
-        queries: Iterator[records.Query] = chain(self.heads.due_queries(now), self.tokens.due())
+        queries: Iterator[records.Query] = chain(self.heads.due_queries(now), self.tokens.due(now))
         for query in queries:
             self.broker.ask(query)
         for connection, conversation_id, head in self.heads.due_suspects(now):

@@ -33,6 +33,9 @@ _HURRY_PER_SECOND: Final = 2500
 
 _TOKENS_PER_SECOND: Final = 500
 """Sessions looked at per second after a gap: one indexed read each in a worker."""
+_TOKENS_AGAIN_SECONDS: Final = 15.0
+"""After a round its unanswered questions wait so long before they are repeated: workers that are behind are asked no
+more than they can bear."""
 
 
 class HeadSweep:
@@ -115,30 +118,41 @@ class RegistrySweep:
 
 
 class TokenSweep:
-    """Are the tokens of those who are here still good? Asked after a gap, in which a revocation may have been lost."""
+    """Are the tokens of those who are here still good? Asked after a gap, in which a revocation may have been lost,
+    until it is answered: a question can be lost like anything else."""
 
     def __init__(self, users: Mapping[str, tuple[Connection, ...]], instance_id: str) -> None:
         self._users = users
         self._instance_id = instance_id
-        self._round: list[str] = []
+        self._unproven: dict[int, Connection] = {}
+        """Connections whose tokens are in question, by number."""
+        self._round: list[int] = []
+        self._round_ends = 0.0
 
     def hurry(self) -> None:
-        """Begin a round."""
-        self._round = list(self._users)
+        """Begin a round with everybody."""
+        self._unproven = {c.session.connection: c for connections in self._users.values() for c in connections}
+        self._round = list(self._unproven)
 
-    def due(self) -> Iterator[records.OpenQuery]:
-        """The questions of this second; only a refusal is answered."""
-        due = self._round[-_TOKENS_PER_SECOND:]
+    def answered(self, connection: int) -> None:
+        """Its token is good. One that is not is ended by its answer."""
+        self._unproven.pop(connection, None)
+
+    def due(self, now: float) -> Iterator[records.OpenQuery]:
+        """The questions of this second."""
+        if not self._round and self._unproven and now >= self._round_ends:
+            self._round = list(self._unproven)
+        numbers = self._round[-_TOKENS_PER_SECOND:]
         del self._round[-_TOKENS_PER_SECOND:]
-        for user_id in due:
-            for connection in self._users.get(user_id, ()):
-                session = connection.session
-                yield records.OpenQuery(
-                    self._instance_id,
-                    session.connection,
-                    user_id,
-                    session.device_id,
-                    {},
-                    session.issued_ms,
-                    is_check=True,
-                )
+        for number in numbers:
+            self._round_ends = now + _TOKENS_AGAIN_SECONDS
+            connection = self._unproven.get(number)
+            if connection is None:
+                continue
+            if connection.transport is None:
+                del self._unproven[number]
+                continue
+            session = connection.session
+            yield records.OpenQuery(
+                self._instance_id, number, session.user_id, session.device_id, {}, session.issued_ms, is_check=True
+            )

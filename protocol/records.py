@@ -211,8 +211,8 @@ class OpenQuery(Record, tag="o", frozen=True, gc=False):
     """A device authenticated (or sent `sync`): which conversations, how far is it, how far are they.
 
     `cursors` overrides the device's stored cursors. `issued_ms`: when the token was made, so that a worker can tell
-    whether the device was revoked since. Answered by `OpenAnswer`; one that is only a check, by nothing unless it is
-    refused.
+    whether the device was revoked since. Answered by `OpenAnswer`; one that is only a check by `TokenGood`, unless it
+    is refused.
     """
 
     instance: str
@@ -327,6 +327,12 @@ class OpenAnswer(Record, tag="O", frozen=True, gc=False):
     refusal: AuthErrorCode | None = None
 
 
+class TokenGood(Record, tag="T", frozen=True, gc=False):
+    """Answer to an `OpenQuery` that is only a check: the token of this connection was not revoked."""
+
+    connection: int
+
+
 class PageAnswer(Record, tag="P", frozen=True, gc=False):
     """Answer to `PageQuery`: accounts for from..to; `digest` is the one at `to_sequence`; empty page, empty frame.
 
@@ -399,6 +405,7 @@ DownItem = (
     | Delivery
     | Notice
     | OpenAnswer
+    | TokenGood
     | PageAnswer
     | Reply
     | HeadsAnswer

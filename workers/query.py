@@ -123,7 +123,7 @@ class QueryRole:
                 ):
                     return records.OpenAnswer(query.connection, 0, [], AuthErrorCode.REVOKED), "revoked"
                 if isinstance(query, records.OpenQuery) and query.is_check:
-                    return None, "checked"
+                    return records.TokenGood(query.connection), "checked"
                 return await _answer_query(self._store, self._broker, query), "answered"
         except (BrokerUnavailable, StoreUnavailable, TimeoutError) as error:
             log.warning("query_unanswered", kind=type(query).__name__, error=str(error))

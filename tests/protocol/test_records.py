@@ -53,6 +53,7 @@ DOWN: list[records.DownItem] = [
     records.Notice(["u"], b"{}"),
     records.OpenAnswer(1, 3, [records.OpenHead("c", 4, 6, bytes(16))]),
     records.OpenAnswer(1, 0, [], AuthErrorCode.REVOKED),
+    records.TokenGood(1),
     records.PresenceAnswer(1, [records.Watched("v", UserStatus.OFFLINE, 5)], ["w"]),
     records.PageAnswer(1, "c", 5, 6, False, bytes(16), b"{}"),
     records.Reply(1, b"{}"),

@@ -86,6 +86,12 @@ async def test_an_open_is_answered_with_unread_and_heads(gateway: Asker, store: 
     assert answers == [records.OpenAnswer(7, 3, [records.OpenHead("c", 1, 3, log.digest)])]
 
 
+async def test_a_check_of_a_good_token_is_answered_too(gateway: Asker, store: Store) -> None:
+    """Or nobody could tell it from one that was lost."""
+    await log_of(store, 1)
+    assert await gateway.ask(records.OpenQuery(GATEWAY, 7, "b", "phone", {}, is_check=True)) == [records.TokenGood(7)]
+
+
 async def test_pages_are_backlog_frames_with_the_head_on_the_last(gateway: Asker, store: Store) -> None:
     log = await log_of(store, 5)
     (first,) = await gateway.ask(records.PageQuery(GATEWAY, 7, "b", "c", 0, 3))
