@@ -6,11 +6,11 @@ a client got wrong, `msgspec.DecodeError` for a record that cannot be read.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 import msgspec
 
-from protocol import frames, records
+from protocol import events, frames, records
 from protocol.errors import ErrorCode, RemoteProtocolError
 from protocol.models import ConnectionRegistry, Presence, SystemEvent
 
@@ -120,6 +120,11 @@ def _record_decoder(decoder: msgspec.msgpack.Decoder[Decoded]) -> Callable[[byte
     return decode
 
 
+def decode_event(data: bytes) -> events.Event:
+    """A CloudEvent in structured mode. Raises msgspec.DecodeError."""
+    return _EVENTS[_event_type(data).type](data)
+
+
 _from_json = msgspec.json.Decoder().decode
 _to_msgpack = msgspec.msgpack.Encoder().encode
 encode_record = _to_msgpack
@@ -138,3 +143,16 @@ decode_signal = msgspec.json.Decoder(records.UserSignal).decode
 decode_presence_change = msgspec.json.Decoder(records.PresenceChange).decode
 decode_ticket = msgspec.json.Decoder(records.MigrationTicket).decode
 decode_system_event = msgspec.json.Decoder(SystemEvent).decode
+
+
+class _EventType(msgspec.Struct):
+    """What an event says it is."""
+
+    type: Literal["trireme.message.received.v1", "trireme.agent.response.v1"]
+
+
+_event_type = msgspec.json.Decoder(_EventType).decode
+_EVENTS: Final[dict[str, Callable[[bytes], events.Event]]] = {
+    events.MESSAGE_RECEIVED: msgspec.json.Decoder(events.CloudEvent[events.MessageReceivedEvent]).decode,
+    events.AGENT_RESPONSE: msgspec.json.Decoder(events.CloudEvent[events.AgentResponseEvent]).decode,
+}

@@ -6,7 +6,7 @@ Written by the workers onto the `events` stream, read by agents and webhooks.
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import msgspec
 
@@ -54,6 +54,16 @@ class CloudEvent(msgspec.Struct, Generic[Data], kw_only=True, frozen=True):
     data: Data
 
 
+Event = CloudEvent[MessageReceivedEvent] | CloudEvent[AgentResponseEvent]
+
+
+class Outgoing(NamedTuple):
+    """An event and the message that it is about, whose outbox entry is to be confirmed."""
+
+    message_id: str
+    event: Event
+
+
 MESSAGE_RECEIVED = "trireme.message.received.v1"
 AGENT_RESPONSE = "trireme.agent.response.v1"
 
@@ -70,13 +80,33 @@ def message_received(data: MessageReceivedEvent) -> CloudEvent[MessageReceivedEv
     )
 
 
-def agent_response(data: AgentResponseEvent) -> CloudEvent[AgentResponseEvent]:
-    """The event of one agent answer; its id is the answer's idempotency key."""
+def agent_response(message_id: str, data: AgentResponseEvent) -> CloudEvent[AgentResponseEvent]:
+    """The event of one agent answer; its id is the message id: an agent may use a key in several conversations."""
     return CloudEvent(
-        id=data.idempotency_key,
+        id=message_id,
         source=f"/agents/{data.agent_id}",
         type=AGENT_RESPONSE,
         time=data.timestamp,
         subject=data.conversation_id,
         data=data,
+    )
+
+
+def event_of(message: MessageReceivedEvent, agent_id: str, user_id: str) -> Event:
+    """What a committed message of a conversation is to those who listen: an agent's answer, or a message received.
+
+    `agent_id` is the conversation's agent, "" for none; `user_id` whose conversation with the agent it is.
+    """
+    if not agent_id or message.sender_id != agent_id:
+        return message_received(message)
+    return agent_response(
+        message.message_id,
+        AgentResponseEvent(
+            idempotency_key=message.idempotency_key,
+            conversation_id=message.conversation_id,
+            user_id=user_id,
+            agent_id=agent_id,
+            response=message.content,
+            timestamp=message.timestamp,
+        ),
     )

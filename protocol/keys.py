@@ -29,8 +29,11 @@ INGEST_GROUP = "ingest"
 INGEST_CONSUMER = "owner"
 """One fixed consumer name per shard: the owner of the moment reads as it, so pending entries follow the shard."""
 QUERY_GROUP = "query"
+EVENTS_GROUP = "dispatch"
 FIELD = b"r"
 """The one field of a stream entry: the encoded record."""
+EVENT_MESSAGE_FIELD = b"m"
+"""Beside the event in `events`: the id of the message it is about."""
 
 CONNECTION_TTL_SECONDS = 3600
 PRESENCE_TTL_SECONDS = 300

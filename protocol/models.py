@@ -250,6 +250,8 @@ class MessageDocument(StoredMessage, kw_only=True, frozen=True, gc=False):
     """The last entry whose effect this message shows; none before it is applied again."""
     erase_at: datetime | UnsetType = UNSET
     """When the content is to be erased; gone once it is."""
+    event_due: datetime | UnsetType = UNSET
+    """Since when its event has been waiting for somebody to confirm that it arrived; gone once somebody has."""
     request_hash: bytes | UnsetType = UNSET
     """Of an entry that a command became: hash of what was asked for."""
 

@@ -35,6 +35,7 @@ Role = Callable[[Settings, Store, Broker, anyio.Event], Coroutine[Any, Any, None
 ROLES: Final = {
     "ingest": "workers.ingest",
     "query": "workers.query",
+    "events": "workers.events",
     "rest": "workers.rest.app",
 }
 """Role → module. Imported only where the role is carried: the HTTP stack alone costs a second of start-up."""

@@ -26,10 +26,14 @@ from protocol.models import Presence, UserStatus
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 
+    from protocol.events import Outgoing
+
 LUA = Path(__file__).parent / "lua"
 DOWN_LIMIT = 100_000
 """Most entries a down stream keeps when its instance has stopped reading but not yet lost its lease (10 s)."""
 QUERY_LIMIT = 10_000
+EVENTS_LIMIT = 100_000
+"""Events the stream keeps for those who read it; the outbox has what nobody confirmed."""
 COMMAND_SECONDS = 5.0
 """Deadline of a command that does not block."""
 BURIED_AT_ONCE = 200
@@ -188,6 +192,7 @@ class Broker:
         down: Mapping[str, list[records.DownItem]],
         settlements: Sequence[Settlement],
         decided: Mapping[int, Sequence[bytes]],
+        outgoing: Sequence[Outgoing] = (),
     ) -> None:
         """Append one record per instance, then acknowledge and trim: publishing comes first on the same connection.
 
@@ -195,7 +200,7 @@ class Broker:
         owner decides it otherwise; an outcome that is lost so is asked for again.
 
         A publish that Redis refuses is not repeated here: acks are asked for again by clients, pushes repaired by the
-        sweep.
+        sweep, events found in the outbox.
         """
         with _passing_errors():
             async with self.client.pipeline(transaction=False) as pipe:
@@ -203,6 +208,8 @@ class Broker:
                     pipe.execute_command("XACK", keys.ingest(shard), keys.INGEST_GROUP, *entry_ids)
                 for instance_id, items in down.items():
                     pipe.execute_command(*_down_command(instance_id, codec.encode_down(items)))
+                for item in outgoing:
+                    pipe.execute_command(*_event_command(item))
                 if settlements:
                     stream_keys, argv = _settle_arguments(settlements)
                     await self._settle(keys=stream_keys, args=argv, client=pipe)
@@ -257,6 +264,34 @@ class Broker:
             await self._create_group(keys.QUERY, keys.QUERY_GROUP)
             return []
         return [fields[1] for _, entries in reply or () for _, fields in entries]
+
+    # --- events ------------------------------------------------------------------------------------------------------
+
+    async def append_events(self, outgoing: Sequence[Outgoing]) -> None:
+        """Append them again: the stream lost them, or whoever read them died."""
+        with _passing_errors():
+            async with self.client.pipeline(transaction=False) as pipe:
+                for item in outgoing:
+                    pipe.execute_command(*_event_command(item))
+                with anyio.fail_after(COMMAND_SECONDS):
+                    await pipe.execute()
+
+    async def read_events(self, consumer: str, count: int, block_ms: int) -> list[tuple[str, bytes]]:
+        """(message id, CloudEvent) that no other process of the events role has read. Without acknowledgement: what a
+        process does not confirm is found in the outbox."""
+        try:
+            with _passing_errors():
+                with anyio.move_on_after(block_ms / 1000 + 2) as scope:
+                    reply = await self._execute(
+                        "XREADGROUP", "GROUP", keys.EVENTS_GROUP, consumer,
+                        "COUNT", count, "BLOCK", block_ms, "NOACK", "STREAMS", keys.EVENTS, ">",
+                    )  # fmt: skip
+                if scope.cancelled_caught:
+                    raise BrokerUnavailable("blocking read got no answer")
+        except GroupMissing:
+            await self._create_group(keys.EVENTS, keys.EVENTS_GROUP)
+            return []
+        return [(fields[3].decode(), fields[1]) for _, entries in reply or () for _, fields in entries]
 
     # --- leases, instances, registry, inbox --------------------------------------------------------------------------
 
@@ -501,6 +536,12 @@ def _entries(reply: Any) -> list[StreamEntry]:
 
 def _down_command(instance_id: str, payload: bytes) -> tuple[Any, ...]:
     return ("XADD", keys.down(instance_id), "NOMKSTREAM", "MAXLEN", "~", DOWN_LIMIT, "*", keys.FIELD, payload)
+
+
+def _event_command(item: Outgoing) -> tuple[Any, ...]:
+    event = codec.encode_value(item.event)
+    limit = ("MAXLEN", "~", EVENTS_LIMIT)
+    return ("XADD", keys.EVENTS, *limit, "*", keys.FIELD, event, keys.EVENT_MESSAGE_FIELD, item.message_id)
 
 
 def _settle_arguments(settlements: Sequence[Settlement]) -> tuple[list[str], list[Any]]:

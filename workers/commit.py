@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from workers.conversations import Conversations, Owned
+    from workers.interest import Interest
     from workers.store import Store
 
 FIRST_BACKOFF_SECONDS = 0.1
@@ -46,11 +47,13 @@ class Committer:
     leases.
     """
 
-    def __init__(self, store: Store, conversations: Conversations, recent: RecentPlaces, edit_seconds: int) -> None:
+    def __init__(
+        self, store: Store, conversations: Conversations, recent: RecentPlaces, edit_seconds: int, interest: Interest
+    ) -> None:
         self._store = store
         self._conversations = conversations
         self._recent_places = recent
-        self._planner = Planner(conversations, edit_seconds)
+        self._planner = Planner(conversations, edit_seconds, interest)
 
     async def commit(self, entries: Sequence[Entry], now_ms: int) -> Plan:
         """Give every entry its outcome; returns what to tell and whom. Waits as long as MongoDB is away.

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from datetime import datetime
 
+    from protocol.events import Outgoing
+    from workers.interest import Interest
     from workers.store import Store
     from workers.store.messages import Key
 
@@ -75,7 +77,14 @@ class Lane:
     """Shards `index` modulo the number of lanes, as far as this worker holds their leases."""
 
     def __init__(
-        self, store: Store, broker: Broker, registry: Registry, batch: int, shards: int, edit_seconds: int
+        self,
+        store: Store,
+        broker: Broker,
+        registry: Registry,
+        batch: int,
+        shards: int,
+        edit_seconds: int,
+        interest: Interest,
     ) -> None:
         self._store = store
         self._broker = broker
@@ -84,7 +93,7 @@ class Lane:
         self._courier = Courier(registry)
         self._receipts = Receipts(self._conversations, store.messages, store.marks, self._courier, shards)
         self._typists = Typists(self._conversations, self._courier, shards)
-        self._committer = Committer(store, self._conversations, self._receipts.recent, edit_seconds)
+        self._committer = Committer(store, self._conversations, self._receipts.recent, edit_seconds, interest)
         self._logs: dict[int, _ShardLog] = {}
         self._new_shards: list[int] = []
         self._queue: deque[Entry] = deque()
@@ -246,13 +255,15 @@ class Lane:
             self._room.set()
             down: Down = defaultdict(list)
             decided: dict[int, list[bytes]] = {}
+            outgoing: list[Outgoing] = []
             for plan in await self._commit(batch):
                 await self._deliver(plan, down)
+                outgoing += plan.events
                 for entry in plan.unwritten:
                     decided.setdefault(entry.shard, []).append(entry.entry_id)
             for entry in batch:
                 self._done(entry.shard, entry.entry_id)
-            await self._publish_and_settle(down, decided)
+            await self._publish_and_settle(down, decided, outgoing)
             self._to_tell.set()
 
     def _next_batch(self) -> list[Entry]:
@@ -345,12 +356,14 @@ class Lane:
         before = self._heads.get(conversation_id)
         return None if before is None else before.active_at
 
-    async def _publish_and_settle(self, down: Down, decided: Mapping[int, Sequence[bytes]]) -> None:
+    async def _publish_and_settle(
+        self, down: Down, decided: Mapping[int, Sequence[bytes]], outgoing: Sequence[Outgoing] = ()
+    ) -> None:
         settlements = [log_.settle(shard) for shard, log_ in self._logs.items() if log_.done]
         if not down and not settlements:
             return
         try:
-            await self._broker.publish_and_settle(down, settlements, decided)
+            await self._broker.publish_and_settle(down, settlements, decided, outgoing)
         except BrokerUnavailable as error:
             # Senders ask again, the sweep repairs pushes, and entries stay pending until their ids come round again.
             log.warning("publish_failed", instances=len(down), error=str(error)[:200])

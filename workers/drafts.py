@@ -39,6 +39,8 @@ class Draft(NamedTuple):
     hidden_by: frozenset[str] = frozenset()
     request_hash: bytes = b""
     """Of a command: what was asked for, where the entry says what came of it."""
+    has_event: bool = False
+    """Somebody listens: the document is its event's outbox entry too (`store.events`)."""
 
 
 def place(draft: Draft, message_id: str, owned: Owned) -> StoredMessage:
@@ -92,6 +94,8 @@ def document(message: StoredMessage, draft: Draft, owned: Owned) -> dict[str, An
         stored["content_hash"] = message.content_hash
     if draft.request_hash:
         stored["request_hash"] = draft.request_hash
+    if draft.has_event:
+        stored["event_due"] = message.created_at
     if draft.target_id:
         stored["target_message_id"] = draft.target_id
     if draft.hidden_for:

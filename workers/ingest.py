@@ -16,6 +16,7 @@ from workers import janitor, metrics, presence
 from workers.broker import Broker, BrokerUnavailable
 from workers.consumer import Lane
 from workers.delivery import Registry
+from workers.interest import Interest
 from workers.lease import Leases, worker_info
 
 if TYPE_CHECKING:
@@ -32,8 +33,9 @@ async def run(settings: Settings, store: Store, broker: Broker, stopping: anyio.
     """Own a share of the shards until `stopping`; then finish what was read, flush, and release the leases."""
     worker_id = f"worker-{secrets.token_hex(6)}"
     registry = Registry(broker)
+    interest = Interest()
     lanes = [
-        Lane(store, broker, registry, settings.batch, settings.shards, settings.edit_seconds)
+        Lane(store, broker, registry, settings.batch, settings.shards, settings.edit_seconds, interest)
         for _ in range(settings.lanes)
     ]
 
@@ -48,6 +50,7 @@ async def run(settings: Settings, store: Store, broker: Broker, stopping: anyio.
         upkeep.start_soon(presence.keep, store, broker, name="presence")
         upkeep.start_soon(_stay_listed, broker, worker_id, name="instance lease")
         upkeep.start_soon(leases.run, name="shard leases")
+        upkeep.start_soon(interest.run, store, name="interest")
         upkeep.start_soon(janitor.run, store, name="janitor")
         async with anyio.create_task_group() as group:
             for index, lane in enumerate(lanes):

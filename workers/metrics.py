@@ -39,6 +39,9 @@ TYPING: Final = Counter("trireme_typing_total", "Typing signals by what became o
 BURIED: Final = Counter("trireme_buried_instances_total", "Dead instances whose traces were removed here")
 SHARDS_HELD: Final = Gauge("trireme_shards_held", "Shards this process owns")
 
+EVENTS: Final = Counter("trireme_events_total", "Events by what became of them", ["outcome"])
+"""outcome: handed_over; found_again (in the outbox, among the former)."""
+
 # --- REST role -------------------------------------------------------------------------------------------------------
 
 REST_REQUESTS: Final = Counter("trireme_rest_requests_total", "HTTP requests answered", ["method", "status"])

@@ -15,6 +15,7 @@ import msgspec
 
 from protocol import codec, keys, records
 from protocol.errors import ErrorCode
+from protocol.events import Outgoing
 from protocol.models import (
     SYSTEM_SENDER,
     Conversation,
@@ -31,6 +32,7 @@ from workers.addressing import check_addressing, check_media
 from workers.conversations import Conversations, Owned
 from workers.delivery import Committed
 from workers.drafts import Draft
+from workers.interest import Interest, event_of
 from workers.outcomes import Asked, acknowledged, refused
 from workers.projection import Folded, Projection, effect_of
 from workers.store.messages import Found, Key, from_ms
@@ -141,6 +143,8 @@ class Plan:
         """Whose stays begin here: what their accounts say is looked at once these are written."""
         self.deleted: set[str] = set()
         """Ids of messages that changes of this plan delete for all."""
+        self.events: list[Outgoing] = []
+        """Events of the messages committed here, where somebody listens."""
         self.notices: list[notices.Notice] = []
         """`conversation_update` frames, each for its users."""
         self.doubts: list[Doubt] = []
@@ -169,8 +173,9 @@ class Plan:
 class Planner:
     """Plans batches of one lane against the owner's memory: authorise, dedupe, take the next sequence. Never awaits."""
 
-    def __init__(self, conversations: Conversations, edit_seconds: int) -> None:
+    def __init__(self, conversations: Conversations, edit_seconds: int, interest: Interest) -> None:
         self._conversations = conversations
+        self._interest = interest
         self._edit_seconds = edit_seconds
         self._recent_keys: dict[Key, Known] = {}
         self._older_keys: dict[Key, Known] = {}
@@ -262,7 +267,12 @@ class Planner:
             max(now_ms, owned.created_ms) + seconds * 1000 if seconds else 0,
             seconds > 0,
         )
+        if self._interest.wants(owned.conversation):
+            draft = draft._replace(has_event=True)
         message = self._append(entry, owned, plan, draft, now_ms)
+        if draft.has_event:
+            event = event_of(draft, owned.conversation, entry.message_id, owned.last)
+            plan.events.append(Outgoing(entry.message_id, event))
         key = entry.key
         known = Known(entry.message_id, owned.last, owned.created_ms, _fingerprint(record, hashed), as_sent=not seconds)
         plan.known[key] = known

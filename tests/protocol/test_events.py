@@ -5,12 +5,16 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 import msgspec
+import pytest
+from cloudevents.core.bindings.http import HTTPMessage, from_structured_event
 
+from protocol import codec
 from protocol.events import (
     AgentResponseEvent,
     CloudEvent,
     MessageReceivedEvent,
     agent_response,
+    event_of,
     message_received,
 )
 from protocol.models import MessageType
@@ -56,10 +60,32 @@ def test_a_received_message_as_a_cloud_event() -> None:
 
 
 def test_an_agents_answer_as_a_cloud_event() -> None:
-    event = agent_response(ANSWERED)
-    assert (event.id, event.type, event.source) == ("k2", "trireme.agent.response.v1", "/agents/usr_agent")
+    event = agent_response("msg_2", ANSWERED)
+    assert (event.id, event.type, event.source) == ("msg_2", "trireme.agent.response.v1", "/agents/usr_agent")
     assert msgspec.json.decode(msgspec.json.encode(event), type=CloudEvent[AgentResponseEvent]) == event
 
 
 def test_the_same_message_makes_the_same_event() -> None:
     assert message_received(RECEIVED) == message_received(RECEIVED)
+
+
+def test_an_agents_message_is_an_answer_and_everybody_elses_was_received() -> None:
+    by_agent = msgspec.structs.replace(RECEIVED, sender_id="usr_agent")
+    assert event_of(RECEIVED, "usr_agent", "usr_a").type == "trireme.message.received.v1"
+    assert event_of(by_agent, "", "usr_a").type == "trireme.message.received.v1"
+    answer = event_of(by_agent, "usr_agent", "usr_a")
+    assert isinstance(answer.data, AgentResponseEvent)
+    assert (answer.id, answer.data.response, answer.data.user_id) == ("msg_1", "x", "usr_a")
+
+
+def test_the_official_sdk_reads_both_and_so_do_we() -> None:
+    for event in (message_received(RECEIVED), agent_response("msg_2", ANSWERED)):
+        body = codec.encode_value(event)
+        read = from_structured_event(HTTPMessage({"content-type": "application/cloudevents+json"}, body))
+        assert (read.get_id(), read.get_type(), read.get_source()) == (event.id, event.type, event.source)
+        assert (read.get_specversion(), read.get_time()) == ("1.0", NOW)
+        assert read.get_data() == msgspec.to_builtins(event.data)
+        assert codec.decode_event(body) == event
+    for garbage in (b"", b"{}", b'{"type":"other"}', b'{"type":"trireme.message.received.v1"}'):
+        with pytest.raises(msgspec.DecodeError):
+            codec.decode_event(garbage)

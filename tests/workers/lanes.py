@@ -15,6 +15,7 @@ from protocol.media import MediaKind, MediaMetadata, MediaStatus, url_of
 from protocol.models import ConnectionRegistry, ConversationType, MessageType, StoredMessage
 from workers.consumer import BLOCK_MS, Lane
 from workers.delivery import Registry
+from workers.interest import Interest
 from workers.store.logs import Excerpt
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Yard:
         self.broker = broker
         self._last_down = b"0"
         self.down: list[records.DownItem] = []
+        self.interest = Interest()
         self.updates: list[tuple[list[str], Any]] = []
         """(users, payload) of the `conversation_update` frames about conversations, which nobody has to wait for."""
 
@@ -105,7 +107,9 @@ class Yard:
         assert await self.store.media.begin(media, 2**30)
         return url_of(media.media_id)
 
-    async def create(self, *participants: str, kind: ConversationType = ConversationType.ONE_TO_ONE) -> str:
+    async def create(
+        self, *participants: str, kind: ConversationType = ConversationType.ONE_TO_ONE, agent_id: str = ""
+    ) -> str:
         """Ask for a conversation; returns its id at once."""
         if kind is ConversationType.ONE_TO_ONE:
             conversation_id = keys.direct_conversation_id(*participants)
@@ -119,7 +123,7 @@ class Yard:
             kind,
             participants[0],
             list(participants),
-            "",
+            agent_id,
         )
         await self.put(record, conversation_id)
         return conversation_id
@@ -268,7 +272,7 @@ async def run_lane(
 ) -> AsyncIterator[Lane]:
     """A lane at work on these shards until the block ends, then stopped cleanly."""
     registry = Registry(yard.broker)
-    lane = Lane(yard.store, yard.broker, registry, 500, SHARDS, edit_seconds)
+    lane = Lane(yard.store, yard.broker, registry, 500, SHARDS, edit_seconds, yard.interest)
     stopping = anyio.Event()
     async with anyio.create_task_group() as group:
         group.start_soon(registry.run)
@@ -284,7 +288,7 @@ async def run_lane(
 async def crashing_lane(yard: Yard, edit_seconds: int = 3600) -> AsyncIterator[Lane]:
     """A lane that is cut off where it stands when the block ends, as by kill -9."""
     registry = Registry(yard.broker)
-    lane = Lane(yard.store, yard.broker, registry, 500, SHARDS, edit_seconds)
+    lane = Lane(yard.store, yard.broker, registry, 500, SHARDS, edit_seconds, yard.interest)
     async with anyio.create_task_group() as group:
         group.start_soon(registry.run)
         group.start_soon(lane.run, anyio.Event())

@@ -35,6 +35,7 @@ from workers.store.conversations import ConversationStore
 from workers.store.device_keys import DeviceKeyStore
 from workers.store.devices import DeviceStore
 from workers.store.errors import StoreUnavailable, store_errors
+from workers.store.events import EventStore
 from workers.store.heads import HeadReader
 from workers.store.indexes import DAY_SECONDS, PLAIN_COLLECTIONS, RETENTION_INDEX, index_models
 from workers.store.logs import LogReader
@@ -100,6 +101,7 @@ class Store:
         self.logs = LogReader(self.db)
         self.overviews = OverviewReader(client, self.db)
         self.memberships = MembershipStore(self.db)
+        self.events = EventStore(self.db)
         self.media = MediaStore(self.db)
         self.search = SearchReader(self.db)
 

@@ -57,6 +57,11 @@ def _message_indexes(retention_days: int) -> list[IndexModel]:
             name="media",
             partialFilterExpression={"media_url": {"$exists": True}},
         ),
+        IndexModel(
+            [("event_due", ASCENDING)],
+            name="outbox",
+            partialFilterExpression={"event_due": {"$exists": True}},
+        ),
     ]
 
 

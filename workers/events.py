@@ -1,0 +1,97 @@
+"""Role: every committed message that somebody listens to reaches them as a CloudEvent, whatever dies meanwhile.
+
+The ingest role appends events to the `events` stream right after the commit; this role hands them to the sinks, which
+write down what they will do, and confirms them in the outbox (`store.events`). What the stream lost, or a dead process
+did not confirm, is found in the outbox and handed over again, to the stream as well: consumers tell repeats by the
+event's id.
+"""
+
+from __future__ import annotations
+
+import secrets
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Final, Protocol
+
+import anyio
+import structlog
+
+from protocol import codec, events
+from workers import metrics
+from workers.broker import Broker, BrokerUnavailable
+from workers.store.errors import StoreUnavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from workers.settings import Settings
+    from workers.store import Store
+
+BATCH: Final = 200
+BLOCK_MS: Final = 1000
+OVERDUE_SECONDS: Final = 10.0
+"""Unconfirmed for so long after its commit, an event was lost on its way."""
+SWEEP_SECONDS: Final = 5.0
+_PAUSE_SECONDS: Final = 0.5
+
+log = structlog.get_logger(__name__)
+
+
+class Sink(Protocol):
+    """Somebody who acts on events."""
+
+    async def take(self, batch: Sequence[events.Event]) -> None:
+        """Write down what is to be done about them; an event that came before changes nothing. Raises
+        StoreUnavailable."""
+
+
+async def run(settings: Settings, store: Store, broker: Broker, stopping: anyio.Event) -> None:
+    """Hand events over until `stopping`. *Cancellation*: safe anywhere; what is unconfirmed comes again."""
+    sinks: list[Sink] = []
+    async with anyio.create_task_group() as group:
+        group.start_soon(_follow, store, broker, sinks, name="events reader")
+        group.start_soon(_sweep, store, broker, sinks, name="events sweep")
+        await stopping.wait()
+        group.cancel_scope.cancel()
+
+
+async def hand_over(store: Store, sinks: Sequence[Sink], batch: Sequence[events.Outgoing]) -> None:
+    """To every sink, then confirmed. Raises StoreUnavailable: the outbox keeps what is not confirmed."""
+    for sink in sinks:
+        await sink.take([item.event for item in batch])
+    await store.events.confirm([item.message_id for item in batch])
+    metrics.EVENTS.labels("handed_over").inc(len(batch))
+
+
+async def _follow(store: Store, broker: Broker, sinks: Sequence[Sink]) -> None:
+    consumer = f"events-{secrets.token_hex(6)}"
+    while True:
+        try:
+            entries = await broker.read_events(consumer, BATCH, BLOCK_MS)
+            batch = [events.Outgoing(message_id, codec.decode_event(payload)) for message_id, payload in entries]
+            if batch:
+                await hand_over(store, sinks, batch)
+        except (BrokerUnavailable, StoreUnavailable) as error:
+            log.warning("events_wait", error=str(error)[:200])
+            await anyio.sleep(_PAUSE_SECONDS)
+
+
+async def _sweep(store: Store, broker: Broker, sinks: Sequence[Sink]) -> None:
+    while True:
+        await anyio.sleep(SWEEP_SECONDS)
+        try:
+            await sweep(store, broker, sinks, datetime.now(UTC) - timedelta(seconds=OVERDUE_SECONDS))
+        except (BrokerUnavailable, StoreUnavailable) as error:
+            log.warning("events_sweep_waits", error=str(error)[:200])
+
+
+async def sweep(store: Store, broker: Broker, sinks: Sequence[Sink], before: datetime) -> int:
+    """Hand over what has been waiting since before; how many there were. Raises BrokerUnavailable, StoreUnavailable."""
+    swept = 0
+    while batch := await store.events.due(before, BATCH):
+        await broker.append_events(batch)
+        await hand_over(store, sinks, batch)
+        metrics.EVENTS.labels("found_again").inc(len(batch))
+        swept += len(batch)
+        if len(batch) < BATCH:
+            break
+    return swept

@@ -1,0 +1,67 @@
+"""Whose messages become events: those of conversations with an agent, and everybody's while an app listens.
+
+Part of the ingest role; asked by `plan.py` for each message, so it answers from memory. An app that has just begun to
+listen is heard of within `EVERY_SECONDS`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import anyio
+import structlog
+
+from protocol import events
+from workers.store.errors import StoreUnavailable
+from workers.store.messages import from_ms
+
+if TYPE_CHECKING:
+    from protocol.models import Conversation
+    from workers.drafts import Draft
+    from workers.store import Store
+
+EVERY_SECONDS: Final = 2.0
+
+log = structlog.get_logger(__name__)
+
+
+class Interest:
+    """What the store said last. Nobody listens until it was asked."""
+
+    def __init__(self) -> None:
+        self.listened = False
+        """Does an app listen to all conversations?"""
+
+    async def look(self, store: Store) -> None:
+        """Ask now. Raises StoreUnavailable."""
+        self.listened = await store.events.has_listeners()
+
+    async def run(self, store: Store) -> None:
+        """Ask again and again, until cancelled."""
+        while True:
+            try:
+                await self.look(store)
+            except StoreUnavailable as error:
+                log.warning("listeners_unknown", error=str(error)[:200])
+            await anyio.sleep(EVERY_SECONDS)
+
+    def wants(self, conversation: Conversation) -> bool:
+        """Is a message of this conversation an event for anybody?"""
+        return self.listened or bool(conversation.agent_id)
+
+
+def event_of(draft: Draft, conversation: Conversation, message_id: str, sequence: int) -> events.Event:
+    """The event that this message is."""
+    assert isinstance(conversation.conversation_id, str)
+    message = events.MessageReceivedEvent(
+        message_id=message_id,
+        idempotency_key=draft.key,
+        conversation_id=conversation.conversation_id,
+        sender_id=draft.sender_id,
+        receiver_id=draft.receiver_id,
+        sequence_number=sequence,
+        message_type=draft.message_type,
+        content=draft.content,
+        timestamp=from_ms(draft.timestamp_ms),
+    )
+    return events.event_of(message, conversation.agent_id, conversation.user_id)
