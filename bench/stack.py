@@ -22,7 +22,7 @@ from bench.services import HOST, Services, free_port, log_tail, run_services, sp
 from protocol import dev_keys
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 PROJECT: Final = Path(__file__).resolve().parent.parent
 DEFAULT_GATEWAY_PORT: Final = 8765
@@ -128,18 +128,15 @@ def run_stack(
         environment = _environment(backing, transports[0], settings or {})
         processes: list[Process] = []
         exits.callback(_end, processes)
-        mine = own_settings or {}
-        for number in range(workers):
-            name = f"worker-{number + 1}"
-            own = {**environment, **mine.get(name, {})}
-            processes.append(_start("worker", name, ["-m", "workers", *roles], own, directory, None))
-        for number in range(gateways):
-            kind = transports[number % len(transports)] if len(transports) > 1 else None
-            name = f"gateway-{number + 1}"
-            processes.append(_start_gateway(name, kind, {**environment, **mine.get(name, {})}, directory))
         rest_port = free_port()
-        own = {**environment, **mine.get("rest", {}), "TRIREME_REST_PORT": str(rest_port)}
-        processes.append(_start("rest", "rest", ["-m", "workers", "rest"], own, directory, rest_port))
+        own = _own_environments(environment, own_settings or {})
+        for name in [f"worker-{number + 1}" for number in range(workers)]:
+            processes.append(_start("worker", name, ["-m", "workers", *roles], own(name), directory, None))
+        for number, name in enumerate(f"gateway-{number + 1}" for number in range(gateways)):
+            kind = transports[number % len(transports)] if len(transports) > 1 else None
+            processes.append(_start_gateway(name, kind, own(name), directory))
+        rest = own("rest") | {"TRIREME_REST_PORT": str(rest_port)}
+        processes.append(_start("rest", "rest", ["-m", "workers", "rest"], rest, directory, rest_port))
         wait_ready(processes)
         yield Stack(
             ws_urls=tuple(process.ws_url for process in processes if process.role == "gateway"),
@@ -184,6 +181,13 @@ def _environment(backing: Services, transport: str, settings: Mapping[str, str])
         **UNLIMITED,
         **settings,
     }
+
+
+def _own_environments(
+    environment: Mapping[str, str], own_settings: Mapping[str, Mapping[str, str]]
+) -> Callable[[str], dict[str, str]]:
+    """What a process of this name starts with."""
+    return lambda name: {**environment, **own_settings.get(name, {})}
 
 
 def _start(
