@@ -130,7 +130,8 @@ def run_stack(
         exits.callback(_end, processes)
         rest_port = free_port()
         own = _own_environments(environment, own_settings or {})
-        for name in [f"worker-{number + 1}" for number in range(workers)]:
+        for number in range(workers):
+            name = f"worker-{number + 1}"
             processes.append(_start("worker", name, ["-m", "workers", *roles], own(name), directory, None))
         for number, name in enumerate(f"gateway-{number + 1}" for number in range(gateways)):
             kind = transports[number % len(transports)] if len(transports) > 1 else None

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from msgspec import UNSET
 
 from protocol.models import MessageStatus, MessageType, StoredMessage
+from protocol.watermarks import content_hash
 from workers.store.messages import from_ms
 
 if TYPE_CHECKING:
+    from protocol.records import SendMessage
     from workers.conversations import Owned
 
 
@@ -41,6 +43,26 @@ class Draft(NamedTuple):
     """Of a command: what was asked for, where the entry says what came of it."""
     has_event: bool = False
     """Somebody listens: the document is its event's outbox entry too (`store.events`)."""
+
+
+def of_message(record: SendMessage, owned: Owned, now_ms: int, *, has_event: bool) -> Draft:
+    """What a client has sent, once it is allowed."""
+    seconds = owned.disappearing_seconds
+    return Draft(
+        record.sender_id,
+        record.receiver_id or owned.default_receiver(record.sender_id),
+        record.message_type,
+        record.content,
+        content_hash(record.content),
+        record.idempotency_key,
+        record.timestamp,
+        record.media_url,
+        record.reply_to_message_id,
+        record.forwarded,
+        max(now_ms, owned.created_ms) + seconds * 1000 if seconds else 0,
+        seconds > 0,
+        has_event=has_event,
+    )
 
 
 def place(draft: Draft, message_id: str, owned: Owned) -> StoredMessage:

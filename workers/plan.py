@@ -251,30 +251,13 @@ class Planner:
         if refusal is not None:
             plan.doubts.append(Doubt(entry, record, refusal, len(plan.outcomes)))
             return
-        hashed = content_hash(record.content)
-        seconds = owned.disappearing_seconds
-        draft = Draft(
-            record.sender_id,
-            record.receiver_id or owned.default_receiver(record.sender_id),
-            record.message_type,
-            record.content,
-            hashed,
-            record.idempotency_key,
-            record.timestamp,
-            record.media_url,
-            record.reply_to_message_id,
-            record.forwarded,
-            max(now_ms, owned.created_ms) + seconds * 1000 if seconds else 0,
-            seconds > 0,
-        )
-        if self._interest.wants(owned.conversation):
-            draft = draft._replace(has_event=True)
+        draft = drafts.of_message(record, owned, now_ms, has_event=self._interest.wants(owned.conversation))
         message = self._append(entry, owned, plan, draft, now_ms)
         if draft.has_event:
             event = event_of(draft, owned.conversation, entry.message_id, owned.last)
             plan.events.append(Outgoing(entry.message_id, event))
-        key = entry.key
-        known = Known(entry.message_id, owned.last, owned.created_ms, _fingerprint(record, hashed), as_sent=not seconds)
+        key, fingerprint = entry.key, _fingerprint(record, draft.hashed)
+        known = Known(entry.message_id, owned.last, owned.created_ms, fingerprint, as_sent=not draft.keeps_hash)
         plan.known[key] = known
         plan.keys.append((key, entry.message_id, message.created_at))
         plan.committed.append(Committed(message, owned.roster, record.instance, record.connection))
