@@ -113,10 +113,9 @@ def run_stack(
     """Run the system until the block ends; yields when every process with a health page says it is ready.
 
     `settings` are `TRIREME_*` variables over the defaults (rate limits out of the way), `own_settings` those of one
-    process by its name (gateway-1, worker-1, rest), over these. Without `services` the stack
-    has a Valkey and a mongod of its own; without `data_dir` everything it writes goes when it ends. To be called from
-    the main thread: the processes end with the thread that started them. Of several transports the gateways take one
-    in turn.
+    process by its name (gateway-1, worker-1, rest), over these. Without `services` the stack has a Valkey and a mongod
+    of its own; without `data_dir` everything it writes goes when it ends. To be called from the main thread: the
+    processes end with the thread that started them. Of several transports the gateways take one in turn.
 
     Resource handling: the processes get SIGTERM together and SIGKILL after 5 s; they also end with this process.
     Raises StackError or ServicesError, with the end of the log of whoever failed.
