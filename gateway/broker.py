@@ -414,13 +414,20 @@ class RedisBroker:
             self.detach(attachment)
 
     async def _watch_backlog(self) -> None:
-        """See how far the workers are behind: a shard past the high-water mark takes no more messages."""
+        """See how far the workers are behind: a shard past the high-water mark takes no more messages. And whether
+        Redis still knows this instance: what is published to a stream that is gone is lost, acks too."""
         looks = [pack("XLEN", keys.ingest(shard)) for shard in range(self._shards)]
+        look_at_lease = pack("EXISTS", keys.instance(self._instance_id))
         while True:
             await self.commands.wait_connected()
+            self._post_unless_down(look_at_lease, self._note_lease)
             for shard, look in enumerate(looks):
                 self._post_unless_down(look, self._note_backlog, shard)
             await trio.sleep(_BACKLOG_SECONDS)
+
+    def _note_lease(self, _context: object, reply: Any) -> None:
+        if reply == 0 and self._leased:
+            self._renew_due.set()
 
     def _note_backlog(self, shard: int, reply: Any) -> None:
         if type(reply) is int:

@@ -351,9 +351,12 @@ class Hub:
             self._guard(target, lambda: self._answer_lost_query(target, query, code, self._clock()))
 
     def recovered(self, forgotten: bool) -> None:
-        """See `Receiver.recovered`."""
+        """See `Receiver.recovered`. Where Redis forgot, every message on its way is lost, or its ack is."""
         if forgotten:
             self.registry.hurry()
+            for number, connection in list(self._connections.items()):
+                for key in list(connection.session.in_flight or ()):
+                    self.publish_failed(number, key, ErrorCode.STORAGE_UNAVAILABLE)
         self.heads.hurry()
 
     @property

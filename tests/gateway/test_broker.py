@@ -131,6 +131,19 @@ async def test_messages_land_in_their_shard_in_order(broker: RedisBroker, redis:
 
 
 @pytest.mark.trio
+async def test_a_flushed_redis_is_noticed_before_the_next_renewal(
+    broker: RedisBroker, receiver: Recorder, redis: Wire
+) -> None:
+    """What is committed until then is published to a stream that is not there: every ack of it is lost."""
+    await redis.call("FLUSHALL")
+    with trio.fail_after(1.0):
+        while not receiver.recoveries:  # noqa: ASYNC110 -- it tells nobody else
+            await trio.sleep(0.01)
+    assert receiver.recoveries == [True]
+    assert await redis.call("EXISTS", keys.down("gw_1"), keys.instance("gw_1")) == 2
+
+
+@pytest.mark.trio
 async def test_a_query_goes_to_the_capped_stream(broker: RedisBroker, redis: Wire) -> None:
     query = records.HeadsQuery("gw_1", ["usr_a"])
     assert broker.ask(query) is None

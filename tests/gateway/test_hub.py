@@ -411,6 +411,26 @@ def test_a_redis_that_forgot_gets_every_registration_and_every_head_is_compared(
     assert sum(len(query.user_ids) for query in house.broker.take("ask")) == 700
 
 
+def test_what_was_on_its_way_when_redis_forgot_is_asked_for_again_at_once(house: House) -> None:
+    """The message is lost, or its ack is: without a word the client would wait for ten seconds."""
+    connection, transport = house.open()
+    other, _ = house.open("usr_b")
+    for key in ("k1", "k2"):
+        house.send(connection, message(key))
+    house.hub.route([outcome(connection, "k1")])
+    transport.take()
+    house.hub.recovered(forgotten=False)
+    assert transport.take() == []
+    house.hub.recovered(forgotten=True)
+    (frame,) = transport.take()
+    assert frame["type"] == "error"
+    assert frame["payload"]["idempotency_key"] == "k2"
+    assert frame["payload"]["retryable"]
+    assert frame["payload"]["retry_after_ms"] == 1000
+    assert house.hub.in_flight == 0
+    assert not other.session.in_flight
+
+
 # --- drain -----------------------------------------------------------------------------------------------------------
 
 
