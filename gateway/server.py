@@ -37,6 +37,10 @@ _MIGRATION_SHARE: Final = 2 / 3
 """The first part of the drain window: the clients are told one after the other to go elsewhere (protocol.md)."""
 _CLOSE_SHARE: Final = 0.125
 """The last part of the drain window, at most a second, belongs to close handshakes and to leaving Redis."""
+_HOLD_SHARE: Final = 1 / 6
+_HOLD_SECONDS: Final = 2.0
+"""Before the closes nobody's frames are taken any more, so long at most: acks of what was sent take a fraction of it.
+"""
 _POLL_SECONDS: Final = 0.02
 
 
@@ -169,6 +173,8 @@ class Gateway:
         migration = Migration(self.hub, self.broker, wall_ms)
         with trio.move_on_after(seconds - reserve):
             await migration.run(seconds * _MIGRATION_SHARE)
+            held = min(_HOLD_SECONDS, seconds * _HOLD_SHARE)
+            await migration.see_off(started + seconds - reserve - held - trio.current_time())
             self.hub.holding = True
             while self.hub.in_flight or self.broker.receipts.waiting or self.hub.migrating:
                 await trio.sleep(_POLL_SECONDS)

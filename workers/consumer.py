@@ -330,7 +330,7 @@ class Lane:
                 self._inbox[user_id].append(message.message_id)
                 owned = self._conversations.get(message.conversation_id)
                 if owned is not None:
-                    owned.inboxed.setdefault(user_id, []).append((message.sequence_number, message.message_id))
+                    owned.note_inboxed(user_id, message.sequence_number, message.message_id)
         for instance, item in plan.outcomes:
             if instance:
                 down[instance].append(item)

@@ -33,6 +33,8 @@ from workers.store.marks import Mark
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
 
+INBOXED = 256
+"""Messages remembered per member who is offline, to take them out of the inbox at their receipt (100 bytes each)."""
 OWN_SENDS = 256
 """Own messages remembered while the delivered mark is behind them; with more, the next delivery_ack moves it."""
 
@@ -174,14 +176,32 @@ class Owned:
         self.countable = loaded.countable if loaded else 0
         created_at = loaded.last_created_at if loaded else None
         self.created_ms = int(created_at.timestamp() * 1000) if created_at else 0
-        self.inboxed: dict[str, list[tuple[int, str]]] = {}
-        """User → (sequence, message id) put into the inbox here and not yet delivered."""
+        self.inboxed: dict[str, deque[tuple[int, str]]] = {}
+        """User → (sequence, message id) put into the inbox here and not yet delivered, the latest of them: what is
+        older leaves the inbox when the user comes back."""
         self.announced = {name: member.told_marks() for name, member in self.members.items()} if self.is_group else {}
         """Of a group: member → its marks that the authors have been told."""
 
     @property
     def is_group(self) -> bool:
         return self.conversation.conversation_type is ConversationType.GROUP
+
+    def note_inboxed(self, user_id: str, sequence: int, message_id: str) -> None:
+        """The message waits in this user's inbox."""
+        waiting = self.inboxed.get(user_id)
+        if waiting is None:
+            waiting = self.inboxed[user_id] = deque(maxlen=INBOXED)
+        waiting.append((sequence, message_id))
+
+    def leave_inbox(self, user_id: str, sequence: int) -> list[str]:
+        """Everything up to `sequence` is delivered: the ids that need not wait any more."""
+        waiting = self.inboxed.get(user_id)
+        gone = []
+        while waiting and waiting[0][0] <= sequence:
+            gone.append(waiting.popleft()[1])
+        if not waiting:
+            self.inboxed.pop(user_id, None)
+        return gone
 
     @property
     def is_pair(self) -> bool:

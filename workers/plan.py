@@ -325,7 +325,9 @@ class Planner:
             created_at=from_ms(known.created_ms),
             forwarded=True if record.forwarded else msgspec.UNSET,
         )
-        plan.again.append(Committed(message, owned.roster, record.instance, record.connection))
+        # Who came later, or has come back since, does not see it.
+        roster = tuple(name for name, member in owned.members.items() if member.join_seq <= known.sequence_number)
+        plan.again.append(Committed(message, roster, record.instance, record.connection))
 
     @staticmethod
     def _acknowledge(

@@ -148,12 +148,9 @@ class Receipts:
         self._moved.setdefault(key, _Moved()).read = True
 
     def _leave_inbox(self, owned: Owned, user_id: str, sequence: int) -> None:
-        waiting = owned.inboxed.get(user_id)
-        if waiting:
-            gone = [message_id for at, message_id in waiting if at <= sequence]
-            if gone:
-                self.delivered_ids.setdefault(user_id, []).extend(gone)
-                owned.inboxed[user_id] = [item for item in waiting if item[0] > sequence]
+        gone = owned.leave_inbox(user_id, sequence)
+        if gone:
+            self.delivered_ids.setdefault(user_id, []).extend(gone)
 
     async def resolve(self) -> None:
         """Raise the marks of all records taken so far. Raises StoreUnavailable: nothing is lost, call again."""

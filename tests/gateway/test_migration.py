@@ -191,6 +191,30 @@ async def test_it_ends_when_everybody_has_gone(autojump_clock: trio.testing.Mock
     assert trio.current_time() - began < 3.0
 
 
+@pytest.mark.trio
+async def test_who_was_told_to_go_is_served_until_the_last_moment_of_a_long_drain(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """With 30 s to drain, nobody's messages were taken from the 20th on, while their phones made up their minds."""
+    house = House()
+    slow, _ = house.open("usr_a")
+    quick, _ = house.open("usr_b")
+    for connection in (slow, quick):
+        house.hub.migrate(connection, "ws://b", TOKEN)
+    migration = Migration(house.hub, FakeTickets(gateways(a=0)), house.hub.wall_ms)
+    began = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(migration.see_off, 7.0)
+        await trio.sleep(3.0)
+        quick.lost()
+        house.send(slow, message("k1"))
+        assert len(house.broker.take("publish")) == 1
+    assert 6.9 < trio.current_time() - began < 7.2
+    slow.lost()
+    await migration.see_off(7.0)
+    assert trio.current_time() - began < 7.3
+
+
 def test_a_client_that_has_migrated_is_closed_with_restart_after_its_acks_had_a_moment() -> None:
     house = House()
     connection, transport = house.open()

@@ -8,8 +8,8 @@ import anyio
 import pytest
 
 from protocol import keys
-from tests.workers.lanes import SHARDS, run_lane
-from workers.conversations import Conversations
+from tests.workers.lanes import SHARDS, eventually, run_lane, settled
+from workers.conversations import INBOXED, Conversations
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,3 +69,23 @@ async def test_what_was_forgotten_while_it_was_read_is_read_again(yard: Yard, mo
     owned = conversations.get(conv)
     assert owned is not None
     assert owned.last == 1
+
+
+async def test_the_memory_of_an_inbox_is_bounded_and_its_newest_leave_it_with_their_receipt(yard: Yard) -> None:
+    async with run_lane(yard) as lane:
+        conv = await yard.create("ann", "bob")
+        for number in range(INBOXED + 10):
+            await yard.send(conv, "ann", f"k{number}")
+        last = (await yard.acks(INBOXED + 10))[-1]["payload"]["message_id"]
+        owned = lane._conversations.get(conv)
+        assert owned is not None
+        assert len(owned.inboxed["bob"]) == INBOXED
+        await yard.delivered(last, "bob")
+        await eventually(lambda: settled(yard))
+        assert owned.inboxed == {}
+        await eventually(lambda: waits_no_more(yard))
+
+
+async def waits_no_more(yard: Yard) -> bool:
+    """Only what was forgotten here waits until the user comes back (`query.py` tidies it)."""
+    return await yard.broker.client.llen(keys.inbox("bob")) <= 10

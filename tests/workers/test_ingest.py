@@ -9,8 +9,9 @@ import pytest
 from pymongo.errors import AutoReconnect
 
 from protocol import keys, records
+from protocol.models import ConversationType
 from protocol.watermarks import chain_digest, content_hash
-from tests.workers.lanes import SHARDS, crashing_lane, eventually, run_lane, settled, shown
+from tests.workers.lanes import INSTANCE, SHARDS, crashing_lane, eventually, run_lane, settled, shown
 from workers.broker import BrokerUnavailable
 from workers.store.messages import OutcomeUnknown
 
@@ -297,6 +298,41 @@ async def test_a_batch_that_fails_for_an_unforeseen_reason_buries_only_the_culpr
     letters = await yard.store.db["dead_letter_queue"].find().to_list()
     assert len(letters) == 1
     assert b"poison" in letters[0]["raw"]
+
+
+async def test_a_record_of_any_kind_that_no_code_handles_is_buried_and_ends_no_worker(
+    yard: Yard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conv = keys.direct_conversation_id("ann", "bob")
+    command = (INSTANCE, "r", "cmd", conv, "ann")
+    kinds: list[Any] = [
+        records.ChangeMessage(INSTANCE, 7, "", "ann", "d1", conv, "", "e1", "msg_x", records.Delete(for_all=True)),
+        records.CreateConversation(
+            INSTANCE, "r", "cmd", conv, ConversationType.ONE_TO_ONE, "ann", ["ann", "bob"], "agent", ""
+        ),
+        records.AddParticipants(*command, ["cat"]),
+        records.RemoveParticipant(*command, "bob"),
+        records.ChangeConversation(*command, records.Rename("x")),
+        records.LookAtAccount(INSTANCE, "r", conv, "ann"),
+    ]
+    async with run_lane(yard) as lane:
+        await yard.create("ann", "bob")
+        await yard.said(conv, "ann", "k0")
+        planner = lane._committer._planner
+        plan = planner.plan
+
+        def trip_over(batch: Any, *rest: Any) -> Any:
+            if any(type(entry.record) is not records.SendMessage for entry in batch):
+                raise ZeroDivisionError("nobody foresaw this")
+            return plan(batch, *rest)
+
+        monkeypatch.setattr(planner, "plan", trip_over)
+        for number, record in enumerate(kinds, 1):
+            await yard.put(record, conv)
+            await yard.said(conv, "ann", f"k{number}")
+        await eventually(lambda: settled(yard))
+    letters = await yard.store.db["dead_letter_queue"].count_documents({})
+    assert (letters, len(await yard.log(conv))) == (3, len(kinds) + 1), "one letter for each key"
 
 
 async def test_redis_coming_back_empty_loses_no_committed_message_and_no_number(yard: Yard) -> None:

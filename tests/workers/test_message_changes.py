@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -10,7 +11,7 @@ import pytest
 
 from protocol import codec, records
 from protocol.errors import ErrorCode
-from protocol.models import ConversationType, MessageType
+from protocol.models import ConversationType, MessageType, StoredMessage
 from protocol.watermarks import chain_digest, content_hash
 from tests.workers.lanes import crashing_lane, eventually, lose_its_lease, run_lane, settled, shown
 from workers import janitor
@@ -172,6 +173,39 @@ async def test_reactions_come_and_go_one_entry_each(yard: Yard) -> None:
     assert same["message_id"] == target
     assert [(r.user_id, r.emoji) for r in between[target].reactions or ()] == [("bob", "👍"), ("ann", "👍")]
     assert after[target].reactions is msgspec.UNSET
+
+
+async def test_what_was_deleted_for_all_shows_no_reactions(yard: Yard) -> None:
+    """In pages, alone and in the store; also where the deletion found them there and its own effect was late."""
+    async with run_lane(yard):
+        conv = await yard.create("ann", "bob")
+        target, older = [await yard.said(conv, "ann", key) for key in ("k1", "k2")]
+        for message_id in (target, older):
+            await yard.changed(conv, "bob", f"r{message_id}", message_id, thumb())
+        await yard.changed(conv, "ann", "d1", target, FOR_ALL)
+    deleted = {"content": "", "deleted_at": datetime.now(UTC)}
+    await yard.store.db["messages"].update_one({"_id": older}, {"$set": deleted})
+    page = await yard.seen("bob", conv)
+    alone = await yard.store.search.message("bob", conv, older)
+    assert isinstance(alone, StoredMessage)
+    assert [shown.reactions for shown in (page[target], page[older], alone)] == [msgspec.UNSET] * 3
+    assert "reactions" not in await yard.stored(target)
+
+
+async def test_the_last_message_of_a_list_is_not_looked_for_through_a_whole_history(
+    yard: Yard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.store.search.CHANGES", 3)
+    async with run_lane(yard):
+        conv = await yard.create("ann", "bob")
+        target = await yard.said(conv, "ann", "k1")
+        for number in range(2):
+            await yard.changed(conv, "bob", f"r{number}", target, records.React(f"{number}", add=True))
+        near = await yard.store.search.newest("bob", [conv])
+        await yard.changed(conv, "bob", "r2", target, thumb())
+        far = await yard.store.search.newest("bob", [conv])
+    assert near[conv].message_id == target
+    assert far == {}
 
 
 async def test_a_batch_of_reactions_knows_what_its_earlier_entries_did(yard: Yard) -> None:

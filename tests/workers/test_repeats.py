@@ -131,6 +131,21 @@ async def test_a_key_sent_twice_around_the_end_of_a_silence_has_one_outcome(yard
     assert len({answer.get("message_id", answer.get("code")) for answer in answers}) == 1, answers
 
 
+async def test_a_repeat_is_not_sent_to_who_came_back_after_the_message(yard: Yard) -> None:
+    await yard.connect("ann", "bob", "cat")
+    async with run_lane(yard):
+        group = await group_of(yard, "ann", "bob", "cat")
+        await yard.said(group, "ann", "k1")
+        await yard.remove(group, "ann", "cat")
+        await yard.add(group, "ann", "cat")
+        await yard.next_down(records.CommandOutcome, 2)
+        await eventually(lambda: settled(yard))
+        yard.down.clear()
+        await yard.said(group, "ann", "k1")
+        deliveries = await yard.next_down(records.Delivery, 1)
+    assert [(delivery.from_sequence, delivery.users) for delivery in deliveries] == [(2, ["ann", "bob"])]
+
+
 # --- one key, one thing ----------------------------------------------------------------------------------------------
 
 

@@ -68,8 +68,8 @@ class Audience:
             shown.pop("reactions", None)
             if shown.get("edited_seq", 0) > self._leave_seq:
                 _veil(shown, shown["edited_at"])
-        if not shown.get("reactions", True):
-            del shown["reactions"]
+        if "deleted_at" in shown or not shown.get("reactions", True):
+            shown.pop("reactions", None)
         # The model ignores what only the server reads (digest, countable, who has hidden it from themselves).
         return msgspec.convert(shown, StoredMessage)
 

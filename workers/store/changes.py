@@ -95,7 +95,7 @@ class ChangeStore:
             if ids:
                 erase = {"content": "", "deleted_at": {"$ifNull": ["$deleted_at", "$expires_at"]}}
                 await self._messages.update_many(
-                    {"_id": {"$in": ids}}, [{"$set": erase}, {"$unset": ["erase_at", "media_url"]}]
+                    {"_id": {"$in": ids}}, [{"$set": erase}, {"$unset": ["erase_at", "media_url", "reactions"]}]
                 )
         return len(ids)
 
@@ -116,9 +116,11 @@ def operations(effect: Effect) -> Iterator[UpdateOne | UpdateMany]:
             yield UpdateOne(newer | {"deleted_at": {"$exists": False}}, {"$set": edit})
         case EventKind.DELETED:
             gone = {"content": "", "deleted_at": effect.at}
-            yield UpdateOne(
-                newer, {"$set": done | gone | {"content_hash": effect.original}, "$unset": {"media_url": ""}}
-            )
+            left = {
+                "$set": done | gone | {"content_hash": effect.original},
+                "$unset": {"media_url": "", "reactions": ""},
+            }
+            yield UpdateOne(newer, left)
             # Only edits among the entries about it have a hash (`drafts.py`): what they said goes too.
             edits = {"target_message_id": effect.message_id, "content_hash": {"$exists": True}, "content": {"$ne": ""}}
             yield UpdateMany(edits, {"$set": gone})

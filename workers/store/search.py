@@ -28,6 +28,9 @@ SPAN: Final = 10_000
 """Entries that one page of a conversation's search covers at most."""
 CONVERSATIONS: Final = 200
 """The most recently active ones, which a search over all of them covers."""
+CHANGES: Final = 1000
+"""Entries looked back over for the last message of a conversation that is no change of another; behind more of them it
+has none to show in a list."""
 ENTRIES: Final = 100_000
 """Entries that a search over all conversations covers at most, shared equally among them."""
 _END: Final = 2**53
@@ -102,7 +105,8 @@ class SearchReader:
         return None if document is None or not _sees(audience, document) else audience.show(document)
 
     async def newest(self, user_id: str, conversation_ids: Sequence[str]) -> dict[str, StoredMessage]:
-        """The last visible message of each of these conversations: no entry that only changes another one."""
+        """The last visible message of each of these conversations, among its last `CHANGES` entries: no entry that only
+        changes another one."""
         pipeline: list[Document] = [
             {"$match": {"_id": {"$in": list(conversation_ids)}}},
             {
@@ -111,8 +115,9 @@ class SearchReader:
                     "localField": "_id",
                     "foreignField": "conversation_id",
                     "pipeline": [
-                        {"$match": {"target_message_id": {"$exists": False}}},
                         {"$sort": {"sequence_number": -1}},
+                        {"$limit": CHANGES},
+                        {"$match": {"target_message_id": {"$exists": False}}},
                         {"$limit": 1},
                     ],
                     "as": "found",
