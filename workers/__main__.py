@@ -1,4 +1,4 @@
-"""The door of the workers: `python -m workers <role>…` (or `keygen`), settings, logs, signals, one task group of roles.
+"""The door of the workers: `python -m workers <role>…` (or `keygen`, `audit`): settings, logs, signals, one task group.
 
 Each process opens one store and one broker and shares them between its roles. A role is a module with
 `async def run(settings, store, broker, stopping)`; it returns soon after `stopping` is set, having finished what it
@@ -42,6 +42,8 @@ ROLES: Final = {
 
 KEYGEN: Final = "keygen"
 """In place of a role: print a private JWK for `TRIREME_JWT_PRIVATE_KEY`, and its public half for the gateways."""
+AUDIT: Final = "audit"
+"""In place of a role: check every invariant of what is stored (`workers/audit/command.py`)."""
 _FIRST_RETRY_SECONDS: Final = 0.1
 _LONGEST_RETRY_SECONDS: Final = 5.0
 _SAY_AGAIN_SECONDS: Final = 30.0
@@ -156,11 +158,14 @@ async def _run_process(settings: Settings, names: Sequence[str]) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the named roles until a signal, or print a fresh key. Returns the exit status."""
+    """Run the named roles until a signal, or print a fresh key, or audit. Returns the exit status."""
     if list(arguments) == [KEYGEN]:
         for jwk in new_key():
             print(jwk)  # noqa: T201 - what was asked for
         return 0
+    if list(arguments[:1]) == [AUDIT]:
+        audited: int = importlib.import_module("workers.audit.command").main(arguments[1:], os.environ)
+        return audited
     try:
         names = parse_roles(arguments)
         settings = load_settings(os.environ, names)

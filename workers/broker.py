@@ -452,6 +452,10 @@ class Broker:
         found: bytes | None = await self._run("GET", keys.presence(user_id))
         return found
 
+    async def look(self, command: str, *args: str | bytes | int) -> Any:
+        """A command that only reads, answered as Redis says it: for the audit."""
+        return await self._run(command, *args)
+
     # --- pub/sub and allowances --------------------------------------------------------------------------------------
 
     async def signal_user(self, user_id: str, signal: records.UserSignal) -> None:

@@ -49,8 +49,8 @@ class LogAudit:
         self.gaps: list[tuple[int, int]] = []
         self.last_system = 0
         """The last system message."""
-        self.countables = array("Q")
-        """How many countable entries there are up to each, from the first one that is still there on."""
+        self.countables = array("q")
+        """How many countable entries there are up to each, from the first one that is still there on; -1 in a hole."""
         self.digest_at_counter: bytes | None = None
         self.own: dict[str, int] = {}
         """User → sequence of the last message of their own."""
@@ -88,7 +88,7 @@ class LogAudit:
         at = sequence - self.first.sequence_number
         if at == -1:
             return self.first.countable - (not self.first.is_system)
-        return self.countables[at] if 0 <= at < len(self.countables) else None
+        return self.countables[at] if 0 <= at < len(self.countables) and self.countables[at] >= 0 else None
 
     # --- entries -----------------------------------------------------------------------------------------------------
 
@@ -158,7 +158,7 @@ class LogAudit:
         self.gaps.append((self.last + 1, sequence - 1))
         self.add("I2", f"{self.last + 1}..{sequence - 1} are missing", before=self.last, then=sequence)
         # What counts on from here is what is stored: one hole is one violation.
-        self.countables.extend([self._countable] * (sequence - self.last - 1))
+        self.countables.extend([-1] * (sequence - self.last - 1))
         self.digest, self._countable = b"", -1
         return True
 
@@ -241,7 +241,7 @@ class LogAudit:
             self._evidence.finish(self)
 
     def _finish_empty(self) -> None:
-        self.roster.complete = False
+        self.roster = Roster(complete=False)
         self.roster.adopt(self.members.values(), _END)
         counted = 0 if self.counter is None else self.counter.last_sequence_number
         if counted and not self._may_have_expired():

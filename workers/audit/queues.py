@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from protocol.models import DLQStatus
 from workers.audit.snapshot import OPEN_LETTERS, DeadLetter, Document, KeyRecord, Queues, Setting, key_of
 from workers.audit.timeline import OFFLINE_SECONDS
 from workers.store.indexes import index_models
@@ -58,23 +59,19 @@ def check_dead_letter(letter: DeadLetter, setting: Setting, findings: Findings) 
     """One dead letter: of something that is not stored, until it is resolved."""
     findings.counts["dead letters"] += 1
     document = letter.document
-    name, status = document["_id"], document.get("status")
-    conversation_id = document.get("message", {}).get("conversation_id", "")
+    status = document.get("status")
+    evidence = {"entry": document["_id"], "conversation": document.get("message", {}).get("conversation_id", "")}
     if status in OPEN_LETTERS and letter.message_id is not None:
-        findings.add(
-            "I13", "an open dead letter of a stored message", conversation_id, entry=name, message_id=letter.message_id
-        )
+        findings.add("I13", "an open dead letter of a stored message", **evidence, message_id=letter.message_id)
     if status not in OPEN_LETTERS and letter.message_id is None and _must_be_stored(document):
-        findings.add("I13", "resolved, and no message with its key is stored", conversation_id, entry=name)
+        findings.add("I13", "resolved, and no message with its key is stored", **evidence)
     if document.get("retry_count", 0) > document.get("max_retries", 0):
-        findings.add(
-            "I13", "retried more often than it may be", conversation_id, entry=name, count=document["retry_count"]
-        )
+        findings.add("I13", "retried more often than it may be", **evidence, count=document["retry_count"])
     since = document.get("last_retry_at") or document.get("created_at")
-    if status == "retrying" and since is not None:
+    if status == DLQStatus.RETRYING.value and since is not None:
         seconds = (setting.taken_at - since).total_seconds()
         if seconds > RETRYING_SECONDS:
-            findings.add("I13", "retrying for too long", conversation_id, entry=name, seconds=round(seconds))
+            findings.add("I13", "retrying for too long", **evidence, seconds=round(seconds))
 
 
 def _must_be_stored(document: Document) -> bool:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
+
+if TYPE_CHECKING:
+    from collections.abc import Set
 
 INVARIANTS: Final = {
     "I1": "an acknowledged message is one document, with the id, sequence and content that were acknowledged",
@@ -66,6 +69,8 @@ class Findings:
         self.violations: list[Violation] = []
         self.found: Counter[str] = Counter()
         """Violations by invariant, those without kept evidence too."""
+        self.places: Counter[tuple[str, str]] = Counter()
+        """The same by (invariant, conversation)."""
         self.counts: Counter[str] = Counter()
         """conversations, messages, events, sends, acks, pushes, … audited."""
         self.unjudged: dict[str, str] = {}
@@ -75,19 +80,23 @@ class Findings:
         """One more violation."""
         assert invariant in INVARIANTS, invariant
         self.found[invariant] += 1
+        self.places[invariant, conversation_id] += 1
         if self.found[invariant] <= KEPT:
             violation = Violation(
                 invariant=invariant, statement=statement, conversation_id=conversation_id, evidence=evidence
             )
             self.violations.append(violation)
 
-    def take(self, other: Findings) -> None:
-        """All that another one has collected."""
-        for violation in other.violations:
-            if self.found[violation.invariant] < KEPT:
-                self.violations.append(violation)
-        self.found.update(other.found)
-        self.counts.update(other.counts)
+    def replace(self, conversation_ids: Set[str], other: Findings) -> None:
+        """What was found in these conversations is what another look has found."""
+        for place in [place for place in self.places if place[1] in conversation_ids]:
+            self.found[place[0]] -= self.places.pop(place)
+        for place in [place for place in other.places if place[1] in conversation_ids]:
+            self.places[place] = other.places[place]
+            self.found[place[0]] += other.places[place]
+        self.found = +self.found
+        again = [violation for violation in other.violations if violation.conversation_id in conversation_ids]
+        self.violations = again + [one for one in self.violations if one.conversation_id not in conversation_ids]
 
 
 class Report(msgspec.Struct, kw_only=True):

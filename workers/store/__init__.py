@@ -36,6 +36,7 @@ from workers.store.device_keys import DeviceKeyStore
 from workers.store.devices import DeviceStore
 from workers.store.errors import StoreUnavailable, store_errors
 from workers.store.events import EventStore
+from workers.store.evidence import EvidenceReader
 from workers.store.heads import HeadReader
 from workers.store.indexes import DAY_SECONDS, PLAIN_COLLECTIONS, RETENTION_INDEX, index_models
 from workers.store.logs import LogReader
@@ -104,6 +105,7 @@ class Store:
         self.events = EventStore(self.db)
         self.media = MediaStore(self.db)
         self.search = SearchReader(self.db)
+        self.evidence = EvidenceReader(client, self.db)
 
     async def ping(self) -> None:
         """Round trip to the primary. Raises StoreUnavailable."""
@@ -158,10 +160,10 @@ def _first_line(error: Exception) -> str:
 
 
 @asynccontextmanager
-async def open_store(url: str, retention_days: int = 90) -> AsyncIterator[Store]:
+async def open_store(url: str, retention_days: int = 90, *, as_it_is: bool = False) -> AsyncIterator[Store]:
     """Connect, check the server, create what is missing, yield the store, close the client.
 
-    The database's name is the URL's path, `trireme` without one.
+    The database's name is the URL's path, `trireme` without one. `as_it_is`: create and change nothing.
 
     Raises: StoreUnavailable (try again), StoreUnfit (tell the operator), both before anything is yielded.
     Cancellation: closes the client.
@@ -182,7 +184,8 @@ async def open_store(url: str, retention_days: int = 90) -> AsyncIterator[Store]
         store = Store(client, database, retention_days)
         await store.check_server()
         try:
-            await store.ensure_indexes()
+            if not as_it_is:
+                await store.ensure_indexes()
         except (AutoReconnect, NetworkTimeout, NotPrimaryError, ServerSelectionTimeoutError) as error:
             raise StoreUnavailable(_first_line(error)) from error
         except OperationFailure as error:
