@@ -49,6 +49,10 @@ class SendFailed(Exception):
     """The code was not handed over; one line without the code."""
 
 
+class SendRefused(SendFailed):
+    """Whoever delivers is up and will not deliver this one; another try would end the same."""
+
+
 class Sender(Protocol):
     """Delivers a code. Raises SendFailed."""
 
@@ -91,6 +95,11 @@ class WebhookSender:
         async with self._room:
             try:
                 await self._deliver(target, code, expires_at)
+            except SendRefused as error:
+                # One address' fault, which must not keep the others from their codes.
+                self._failures = 0
+                log.warning("verification_refused", field=target.field, reason=str(error))
+                raise
             except SendFailed as error:
                 self._failures += 1
                 if self._failures >= FAILURES_TO_OPEN:
@@ -118,6 +127,8 @@ class WebhookSender:
                 return
             reason = f"status {status}"
             if status not in _TRANSIENT:
+                if 400 <= status < 500:
+                    raise SendRefused(f"the webhook refused it: {reason}")
                 break
         raise SendFailed(f"the webhook did not take it: {reason}")
 

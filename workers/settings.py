@@ -100,7 +100,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     codes_per_address: Annotated[int, Meta(ge=1, le=1_000_000)] = 20
     """Codes per hour asked for from one network address (IPv6: one /64): a family, not a list of numbers."""
     logins_per_address: Annotated[int, Meta(ge=1, le=1_000_000)] = 60
-    """Logins and refreshes a minute from one network address: each of the former hashes for 30 ms."""
+    """Logins, refreshes and deletions a minute from one network address: a code that is compared is hashed for 30 ms.
+    """
+    conversations_per_hour: Annotated[int, Meta(ge=1, le=1_000_000)] = 200
+    """Conversations that one account begins: each is an entry of the log, and news to up to 100 people."""
+    group_steps_per_minute: Annotated[int, Meta(ge=1, le=1_000_000)] = 120
+    """Changes of groups by one account (who is in, roles, bans, titles): each is an entry that every member gets. A
+    whole group can be silenced one by one."""
+    account_changes_per_hour: Annotated[int, Meta(ge=1, le=1_000_000)] = 60
+    """Changes of one account: one of its privacy goes to the owners of all its conversations."""
     exports_per_day: Annotated[int, Meta(ge=1, le=1000)] = 5
     """Exports of one account: each reads all its conversations."""
     devices_per_account: Annotated[int, Meta(ge=1, le=1000)] = 32

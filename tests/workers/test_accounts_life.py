@@ -183,6 +183,23 @@ async def test_a_deleted_account_is_gone_and_its_phone_begins_anew(rest: Rest, s
     assert again.user_id != ann.user_id
 
 
+async def test_an_account_without_phone_and_email_is_deleted_by_the_administrator(
+    rest: Rest, store: Store, desk: Desk
+) -> None:
+    (ann, token), (bob_id, bob) = [await rest.user(name) for name in ("Ann", "Bob")]
+    group_id = await rest.group(token, bob_id)
+    path = f"/v1/users/{ann}"
+    assert refusal(await rest.call("DELETE", path, bob)) == (401, "unauthorized")
+    assert refusal(await rest.call("DELETE", path, None)) == (401, "unauthorized")
+    assert refusal(await rest.call("DELETE", "/v1/users/usr_nobody", rest.admin_token)) == (404, "not_found")
+    for _ in range(2):
+        begun = await rest.call("DELETE", path, rest.admin_token)
+        assert (begun.status_code, begun.json()) == (202, {"user_id": ann, "finished": True})
+    assert refusal(await rest.call("GET", "/v1/users/me", token)) == (401, "revoked")
+    group = await rest.call("GET", f"/v1/conversations/{group_id}", bob)
+    assert group.json()["participants"] == [bob_id]
+
+
 async def test_a_deletion_that_dies_after_any_step_is_finished_by_another_process(
     rest: Rest, store: Store, desk: Desk
 ) -> None:

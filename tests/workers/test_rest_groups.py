@@ -6,13 +6,16 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import msgspec
 import pytest
 
 from protocol import codec, keys, records
+from tests.workers.conftest import serving
 from tests.workers.seeding import Rest, refusal
 
 if TYPE_CHECKING:
     from workers.broker import Broker
+    from workers.settings import Settings
     from workers.store import Store
 
 pytestmark = pytest.mark.anyio
@@ -232,3 +235,49 @@ async def test_who_is_blocked_writes_adds_and_begins_nothing(rest: Rest) -> None
     assert (await rest.call("DELETE", f"/v1/blocks/{bob}", token)).status_code == 204
     sent = await rest.call("POST", messages, blocked, hello, Idempotency_Key="k2")
     assert (sent.status_code, sent.json()["sequence_number"]) == (201, 1)
+
+
+# --- how often -------------------------------------------------------------------------------------------------------
+
+
+async def test_groups_and_steps_in_them_are_limited_per_account_and_the_wait_is_told(
+    settings: Settings, store: Store, broker: Broker
+) -> None:
+    slow = msgspec.structs.replace(settings, conversations_per_hour=2, group_steps_per_minute=6)
+    async with serving(slow, store, broker, owner=True) as rest:
+        (_, owner), (bob, other), (cat, _) = [await rest.user(name) for name in ("Ann", "Bob", "Cat")]
+        group = {"type": "group", "participants": [bob]}
+        path = f"/v1/conversations/{await rest.group(owner, bob)}"
+        direct = {"type": "1:1", "participants": [bob]}
+        assert (await rest.call("POST", "/v1/conversations", owner, direct)).status_code == 201
+        assert (await rest.call("POST", "/v1/conversations", owner, direct)).status_code == 200, "it was there"
+        refused = await rest.call("POST", "/v1/conversations", owner, group)
+        assert refusal(refused) == (429, "rate_limited")
+        assert 3500 < int(refused.headers["retry-after"]) <= 3600
+        assert (await rest.call("POST", "/v1/conversations", other, group)).status_code == 201
+        by_admin = {**group, "participants": [cat, bob]}
+        assert (await rest.call("POST", "/v1/conversations", rest.admin_token, by_admin)).status_code == 201
+        steps: list[tuple[str, str, Any]] = [
+            ("POST", f"{path}/participants", {"user_ids": [cat]}),
+            ("PATCH", f"{path}/participants/{cat}", {"role": "admin"}),
+            ("DELETE", f"{path}/participants/{cat}", None),
+            ("PUT", f"{path}/bans/{cat}", None),
+            ("DELETE", f"{path}/bans/{cat}", None),
+            ("PATCH", path, {"title": "rowers"}),
+        ]
+        for method, where, body in steps:
+            assert (await rest.call(method, where, owner, body)).status_code == 200, where
+        for method, where, body in steps:
+            assert refusal(await rest.call(method, where, owner, body)) == (429, "rate_limited"), where
+
+
+async def test_changes_of_an_account_and_guesses_at_its_code_are_limited(
+    settings: Settings, store: Store, broker: Broker
+) -> None:
+    slow = msgspec.structs.replace(settings, account_changes_per_hour=2, logins_per_address=2)
+    async with serving(slow, store, broker, owner=False) as rest:
+        _, token = await rest.user("Ann")
+        guess = {"verification_id": "ver_1", "code": "123456"}
+        answers = [await rest.call("PATCH", "/v1/users/me", token, {"name": "Anna"}) for _ in range(3)]
+        answers += [await rest.call("POST", "/v1/users/me/deletion", token, guess) for _ in range(3)]
+        assert [answer.status_code for answer in answers] == [200, 200, 429, 403, 403, 429]

@@ -124,13 +124,39 @@ async def test_what_may_pass_is_tried_three_times_and_what_cannot_once(
 async def test_a_webhook_that_fails_again_and_again_is_left_alone_for_a_while(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with hooked(settings, 400, 400, 400, 200) as (hook, sender):
+    monkeypatch.setattr(senders, "FIRST_RETRY_SECONDS", 0.01)
+    async with hooked(settings, *(503,) * 9, 200) as (hook, sender):
         for _ in range(5):
             with pytest.raises(SendFailed):
                 await sender.send(ANN, "123456", END)
-        assert len(hook.requests) == 3
+        assert len(hook.requests) == 9
         monkeypatch.setattr(anyio, "current_time", lambda now=anyio.current_time: now() + 61)
         await sender.send(ANN, "123456", END)
+
+
+@pytest.mark.parametrize("status", [400, 404, 410, 422])
+async def test_numbers_that_cannot_be_reached_keep_nobody_else_from_their_codes(
+    settings: Settings, status: int
+) -> None:
+    """Three of them opened the breaker for everybody, for a minute."""
+    async with hooked(settings, *(status,) * 6, 204) as (hook, sender):
+        for _ in range(6):
+            with pytest.raises(SendFailed):
+                await sender.send(ANN, "123456", END)
+        await sender.send(ANN, "123456", END)
+    assert len(hook.requests) == 7
+
+
+async def test_a_refusal_shows_that_the_webhook_is_up_again(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(senders, "FIRST_RETRY_SECONDS", 0.01)
+    async with hooked(settings, *(503,) * 6, 400, *(503,) * 6, 204) as (hook, sender):
+        for _ in range(5):
+            with pytest.raises(SendFailed):
+                await sender.send(ANN, "123456", END)
+        await sender.send(ANN, "123456", END)
+    assert len(hook.requests) == 14
 
 
 async def test_an_installation_without_a_sender_says_so(settings: Settings) -> None:

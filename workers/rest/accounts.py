@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import anyio
 import msgspec
 import structlog
-from litestar import get, patch, post
+from litestar import delete, get, patch, post
 from litestar.params import JSONBody
 from litestar.response import Stream
 from msgspec import UNSET, UnsetType
@@ -20,8 +20,8 @@ from workers import revocation
 from workers.broker import BrokerUnavailable
 from workers.instances import TooManyWaiting
 from workers.rest import upkeep
-from workers.rest.access import shape_guard, user_guard
-from workers.rest.allowances import spend
+from workers.rest.access import admin_guard, shape_guard, user_guard
+from workers.rest.allowances import spend, spend_login
 from workers.rest.desk import Desk, DeskDependency, now_ms
 from workers.rest.errors import RestError
 from workers.rest.export import NDJSON, Line, export_lines
@@ -34,6 +34,7 @@ from workers.store.users import READ_RECEIPTS, Account, email_key, phone_key
 if TYPE_CHECKING:
     from workers.store.verifications import Target
 
+_HOUR: Final = 3600
 _DAY: Final = 86_400
 
 log = structlog.get_logger(__name__)
@@ -83,10 +84,16 @@ async def read_account(request: CallerRequest, desk: DeskDependency) -> Account:
     return await _own(desk, request.user.user)
 
 
-@patch("/v1/users/me", guards=[user_guard, shape_guard], summary="Change one's account")
+@patch(
+    "/v1/users/me",
+    guards=[user_guard, shape_guard],
+    opt={"errors": (ErrorCode.RATE_LIMITED,)},
+    summary="Change one's account",
+)
 async def change_account(request: CallerRequest, data: JSONBody[AccountChange], desk: DeskDependency) -> Account:
     """The account as it is then. Without `read_receipts` nobody is told what the account reads from now on."""
     user_id = request.user.user
+    await spend(desk, "account_changes", user_id, desk.settings.account_changes_per_hour, _HOUR)
     given: dict[str, Any] = {"name": data.name, "avatar_url": data.avatar_url}
     given |= {"privacy.last_seen": data.privacy.last_seen, "privacy.read_receipts": data.privacy.read_receipts}
     values = {field: value for field, value in given.items() if value is not UNSET and value is not None}
@@ -162,7 +169,7 @@ async def export_account(request: CallerRequest, desk: DeskDependency) -> Stream
     "/v1/users/me/deletion",
     guards=[user_guard, shape_guard],
     status_code=202,
-    opt={"errors": (ErrorCode.CODE_REFUSED,)},
+    opt={"errors": (ErrorCode.CODE_REFUSED, ErrorCode.RATE_LIMITED)},
     summary="Delete one's account",
 )
 async def delete_account(request: CallerRequest, data: JSONBody[DeletionRequest], desk: DeskDependency) -> Deletion:
@@ -172,9 +179,31 @@ async def delete_account(request: CallerRequest, data: JSONBody[DeletionRequest]
     """
     account = await _own(desk, request.user.user)
     user_id = request.user.user
+    await spend_login(desk, request)
     target = await prove(desk, data.verification_id, data.code)
     if not _is_of(target, account) or not await desk.codes.spend(data.verification_id):
         raise code_refused()
+    return await _delete(desk, user_id)
+
+
+@delete(
+    "/v1/users/{user_id:str}",
+    guards=[admin_guard, shape_guard],
+    status_code=202,
+    opt={"errors": (ErrorCode.NOT_FOUND,)},
+    summary="Delete an account",
+)
+async def delete_user(user_id: PathId, desk: DeskDependency) -> Deletion:
+    """202 as where its owner deletes it, also where it was deleted before; 404 `not_found` for an unknown id.
+
+    For accounts without phone and email, which get no code, and for whoever is asked to delete one by law.
+    """
+    if await desk.store.users.profile(user_id) is None:
+        raise _unknown()
+    return await _delete(desk, user_id)
+
+
+async def _delete(desk: Desk, user_id: str) -> Deletion:
     await revocation.hold(desk.broker, user_id)
     await desk.store.users.begin_deletion(user_id, moment_at(now_ms()))
     log.info("deletion_begun", user_id=user_id)

@@ -74,6 +74,7 @@ ROUTES: Final = [
     accounts.read_profile,
     accounts.export_account,
     accounts.delete_account,
+    accounts.delete_user,
     keyset.read_keys,
     conversations.create_conversation,
     conversations.list_conversations,

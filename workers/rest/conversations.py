@@ -15,6 +15,7 @@ from protocol.models import GROUP_LIMIT, Conversation, ConversationType, Id
 from workers.groups import LONGEST_DISAPPEARING_SECONDS, TITLE_LIMIT
 from workers.rest import commands
 from workers.rest.access import actor_guard, shape_guard, user_guard
+from workers.rest.allowances import spend, spend_step
 from workers.rest.desk import Desk, DeskDependency
 from workers.rest.errors import RestError
 from workers.rest.shapes import (
@@ -32,6 +33,7 @@ from workers.rest.shapes import (
 )
 from workers.store.overviews import Overview, Place
 
+_HOUR: Final = 3600
 NAMED_LIMIT: Final = 1000
 """Most ids a body may name; more than a group holds, so that "too many" can be said properly."""
 
@@ -58,7 +60,13 @@ class ConversationChange(msgspec.Struct, frozen=True):
     "/v1/conversations",
     guards=[actor_guard, shape_guard],
     opt={
-        "errors": (ErrorCode.BLOCKED, ErrorCode.CONFLICT, ErrorCode.GROUP_FULL, ErrorCode.OVERLOADED),
+        "errors": (
+            ErrorCode.BLOCKED,
+            ErrorCode.CONFLICT,
+            ErrorCode.GROUP_FULL,
+            ErrorCode.OVERLOADED,
+            ErrorCode.RATE_LIMITED,
+        ),
         "answers": {200: Overview},
     },
     summary="Create a conversation",
@@ -88,6 +96,8 @@ async def create_conversation(
             return Response(existing, status_code=200)
     elif len(participants) > GROUP_LIMIT:
         raise RestError(ErrorCode.GROUP_FULL, f"a group has at most {GROUP_LIMIT} participants")
+    if request.user.user_id is not None:
+        await spend(desk, "conversations", actor, desk.settings.conversations_per_hour, _HOUR)
     if data.conversation_type is ConversationType.ONE_TO_ONE:
         if await desk.store.blocks.between(*participants):
             raise RestError(ErrorCode.BLOCKED, "one of you blocks the other")
@@ -165,6 +175,7 @@ async def read_conversation(request: CallerRequest, conversation_id: PathId, des
             ErrorCode.FORBIDDEN,
             ErrorCode.BLOCKED,
             ErrorCode.OVERLOADED,
+            ErrorCode.RATE_LIMITED,
         )
     },
     summary="Rename a group, or let messages disappear",
@@ -178,6 +189,7 @@ async def change_conversation(
 ) -> Overview:
     """200 with the conversation as it is then; 403 `forbidden` for who may not change that."""
     actor = request.user.user
+    await spend_step(desk, actor)
     if not isinstance(data.title, UnsetType):
         await commands.change(desk, actor, conversation_id, records.Rename(data.title), idempotency_key)
     if not isinstance(data.disappearing_seconds, UnsetType):

@@ -14,6 +14,7 @@ from protocol.errors import ErrorCode
 from protocol.models import Conversation, Id, Role
 from workers.rest import commands
 from workers.rest.access import shape_guard, user_guard
+from workers.rest.allowances import spend_step
 from workers.rest.conversations import NAMED_LIMIT, not_found, refuse_invitation
 from workers.rest.desk import Desk, DeskDependency
 from workers.rest.errors import RestError
@@ -25,6 +26,7 @@ _STEP_ERRORS = (
     ErrorCode.NOT_FOUND,
     ErrorCode.FORBIDDEN,
     ErrorCode.OVERLOADED,
+    ErrorCode.RATE_LIMITED,
 )
 _Cursor = Annotated[str | None, QueryParameter(pattern=r"\A[A-Za-z0-9_.:-]{1,64}\Z", required=False)]
 """The last user id of the page before."""
@@ -76,6 +78,7 @@ async def add_participants(
     """200 with the conversation; 403 `forbidden` for who may not add, `blocked` where one of them blocks the caller,
     `banned` where one must not come back, 409 `group_full` over 100."""
     actor = request.user.user
+    await spend_step(desk, actor)
     user_ids = list(dict.fromkeys(data.user_ids))
     refusal = await refuse_invitation(desk, actor, user_ids)
     if refusal is not None:
@@ -104,6 +107,7 @@ async def change_participant(
     409 `conflict` for the role of the last owner: a group keeps one.
     """
     actor = request.user.user
+    await spend_step(desk, actor)
     await _own_role(desk, conversation_id, actor)
     if not isinstance(data.role, UnsetType):
         await commands.change(desk, actor, conversation_id, records.SetRole(user_id, data.role), idempotency_key)
@@ -131,6 +135,7 @@ async def remove_participant(
     idempotency_key: IdempotencyHeader = None,
 ) -> Conversation:
     """200 with the conversation as it is then; 403 `forbidden` for who may not remove that one."""
+    await spend_step(desk, request.user.user)
     return await commands.remove(desk, request.user.user, conversation_id, user_id, idempotency_key)
 
 
@@ -172,6 +177,7 @@ async def ban(
     409 `conflict` where the group keeps a thousand out already.
     """
     actor = request.user.user
+    await spend_step(desk, actor)
     await _own_role(desk, conversation_id, actor)
     if await desk.store.users.unknown([user_id]):
         raise RestError(ErrorCode.NOT_FOUND, "no such user")
@@ -193,6 +199,7 @@ async def unban(
     idempotency_key: IdempotencyHeader = None,
 ) -> Conversation:
     """200 with the conversation; who was banned may be added again, but is not in it."""
+    await spend_step(desk, request.user.user)
     return await commands.change(desk, request.user.user, conversation_id, records.Unban(user_id), idempotency_key)
 
 

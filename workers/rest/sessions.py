@@ -22,7 +22,7 @@ from protocol.errors import ErrorCode
 from protocol.frames import DeviceId, Label
 from protocol.models import Id, User, UserStatus
 from workers.rest.access import shape_guard, user_guard
-from workers.rest.allowances import address_of, spend
+from workers.rest.allowances import address_of, spend, spend_login
 from workers.rest.desk import Desk, DeskDependency, now_ms
 from workers.rest.devices import end_device
 from workers.rest.errors import RestError
@@ -34,7 +34,6 @@ from workers.store.users import Account, Taken, email_key, phone_key
 from workers.store.verifications import Target
 
 _HOUR: Final = 3600
-_MINUTE: Final = 60
 _PREFIX: Final = "rt_"
 
 log = structlog.get_logger(__name__)
@@ -128,7 +127,7 @@ async def log_in(request: CallerRequest, data: JSONBody[NewLogin], desk: DeskDep
 
     403 `code_refused` for a code that is wrong, old, used, superseded or was tried 5 times: which of these is not told.
     """
-    await spend(desk, "logins_from", address_of(request), desk.settings.logins_per_address, _MINUTE)
+    await spend_login(desk, request)
     target = await prove(desk, data.verification_id, data.code)
     account = await desk.store.users.find_by_contact(f"{target.field}_key", target.key)
     if account is None and data.name is None:
@@ -196,7 +195,7 @@ async def refresh(request: CallerRequest, data: JSONBody[Refresh], desk: DeskDep
     401 `unauthorized` for one that is unknown, too old, or of a device that was logged out. 401 `revoked` for one that
     was used before: the device's session has just ended, whoever holds its tokens.
     """
-    await spend(desk, "logins_from", address_of(request), desk.settings.logins_per_address, _MINUTE)
+    await spend_login(desk, request)
     session_id, used = _read_refresh(data.refresh_token)
     now = now_ms()
     session = await desk.store.devices.session(session_id)
