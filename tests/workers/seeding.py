@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import msgspec
 
 from protocol import keys, watermarks
@@ -22,7 +23,7 @@ from workers.store.conversations import MemberChange, Projected, new_membership
 from workers.store.marks import HeadMark, Mark
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
     import httpx2
 
@@ -141,6 +142,21 @@ class Rest:
         if token is not None:
             named["Authorization"] = f"Bearer {token}"
         return await self.client.request(method, path, json=body, headers=named)
+
+    async def hold(
+        self, method: str, path: str, token: str, body: Any, meanwhile: Callable[[], Awaitable[object]]
+    ) -> httpx2.Response:
+        """As `call`, but the end of the body is sent only when something else has happened."""
+
+        async def drip() -> AsyncIterator[bytes]:
+            whole = msgspec.json.encode(body)
+            yield whole[:1]
+            await anyio.sleep(0.3)
+            await meanwhile()
+            yield whole[1:]
+
+        headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+        return await self.client.request(method, path, content=drip(), headers=headers)
 
     async def user(self, name: str) -> tuple[str, str]:
         """A new user's id and token."""

@@ -10,11 +10,14 @@ import pytest
 
 from protocol import codec, keys, records
 from protocol.models import EventKind
+from protocol.prekeys import SignedKey
 from tests.workers.residents import code_for, log_in
 from tests.workers.seeding import Rest, membership, refusal
 from workers.rest import export, upkeep
 from workers.rest.desk import Desk, now_ms
 from workers.rest.shapes import moment_at
+from workers.store.device_keys import Identity
+from workers.store.devices import NewSession
 from workers.store.users import DELETION
 
 if TYPE_CHECKING:
@@ -198,6 +201,35 @@ async def test_an_account_without_phone_and_email_is_deleted_by_the_administrato
     assert refusal(await rest.call("GET", "/v1/users/me", token)) == (401, "revoked")
     group = await rest.call("GET", f"/v1/conversations/{group_id}", bob)
     assert group.json()["participants"] == [bob_id]
+    assert not await upkeep.finish_one(desk, -1), "the second deletion has looked for what was left"
+
+
+async def test_what_outlasts_a_deletion_is_refused_and_what_slipped_in_is_gone_a_minute_later(
+    rest: Rest, store: Store, desk: Desk
+) -> None:
+    ann = await log_in(rest, phone="+49301234567")
+    bob_id, _ = await rest.user("Bob")
+
+    async def delete() -> None:
+        proof = await code_for(rest, phone="+49301234567")
+        begun = await rest.call("POST", "/v1/users/me/deletion", ann.access_token, proof)
+        assert begun.json()["finished"] is True
+
+    body = {"type": "1:1", "participants": [bob_id]}
+    held = await rest.hold("POST", "/v1/conversations", ann.access_token, body, delete)
+    assert refusal(held) == (401, "revoked")
+    assert await store.db["memberships"].count_documents({"user_id": ann.user_id}) == 0
+    # Requests that were past every look: a login, a block, an upload.
+    now = moment_at(now_ms())
+    await store.devices.log_in(ann.user_id, "phone-2", "", "", NewSession("ses_late", b"hash", now), now)
+    await store.blocks.block(ann.user_id, bob_id, now)
+    signed = SignedKey("fallback", "A" * 43, "A" * 86)
+    await store.device_keys.put(ann.user_id, "phone-2", Identity("A" * 43, "A" * 43, signed), now, 10)
+    assert not await upkeep.finish_one(desk, 60), "requests may still be under way"
+    while await upkeep.finish_one(desk, -1):
+        pass
+    for collection in ("devices", "blocks", "device_keys"):
+        assert await store.db[collection].count_documents({"user_id": ann.user_id}) == 0, collection
 
 
 async def test_a_deletion_that_dies_after_any_step_is_finished_by_another_process(
@@ -213,6 +245,7 @@ async def test_a_deletion_that_dies_after_any_step_is_finished_by_another_proces
             await step(desk, ann.user_id)
         assert not await upkeep.finish_one(desk, 60), "its process may be at it still"
         assert await upkeep.finish_one(desk, -1)
+        assert await upkeep.finish_one(desk, -1), "once more, for what was under way"
         assert not await upkeep.finish_one(desk, -1)
         assert refusal(await rest.call("GET", "/v1/users/me", ann.access_token)) == (401, "revoked")
         for collection in ("devices", "blocks", "device_keys"):

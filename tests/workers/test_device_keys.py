@@ -23,6 +23,7 @@ from workers.store.device_keys import (
     LOW,
     Added,
     AnotherKey,
+    DeviceKeyStore,
     Full,
     Identity,
     IdentityMoved,
@@ -293,6 +294,37 @@ async def hear(heard: list[Any], count: int) -> None:
     with anyio.fail_after(5):
         while len(heard) < count:  # noqa: ASYNC110 - another task listens
             await anyio.sleep(0.01)
+
+
+async def test_keys_whose_upload_outlasts_a_revocation_are_not_there_afterwards(rest: Rest, store: Store) -> None:
+    """The token was good when the request began; its body came after the device was revoked."""
+    user_id, admin_made = await rest.user("Ann")
+    await store.devices.seen(user_id, "phone", 32, NOW, NOW)
+    bound = await rest.call("POST", "/v1/tokens", rest.admin_token, {"user_id": user_id, "device_id": "phone"})
+    thief = Owner(rest, user_id, bound.json()["access_token"])
+    revoke = lambda: rest.call("DELETE", "/v1/devices/phone", admin_made)  # noqa: E731
+    held = await rest.hold("PUT", thief.path, thief.token, thief.body(), revoke)
+    assert refusal(held) == (401, "revoked")
+    assert await store.device_keys.listed(user_id, "", 10) == ([], None)
+
+
+async def test_keys_stored_in_the_moment_of_a_revocation_go_again(
+    rest: Rest, store: Store, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The revocation is over between the look at the token and the write."""
+    user_id, admin_made = await rest.user("Ann")
+    await store.devices.seen(user_id, "phone", 32, NOW, NOW)
+    bound = await rest.call("POST", "/v1/tokens", rest.admin_token, {"user_id": user_id, "device_id": "phone"})
+    device = Owner(rest, user_id, bound.json()["access_token"])
+    put = DeviceKeyStore.put
+
+    async def late(self: DeviceKeyStore, *arguments: Any) -> Any:
+        assert (await rest.call("DELETE", "/v1/devices/phone", admin_made)).status_code == 204
+        return await put(self, *arguments)
+
+    monkeypatch.setattr(DeviceKeyStore, "put", late)
+    assert refusal(await rest.call("PUT", device.path, device.token, device.body())) == (401, "revoked")
+    assert await store.device_keys.listed(user_id, "", 10) == ([], None)
 
 
 async def test_keys_are_claimed_in_upload_order_and_then_the_fallback(rest: Rest) -> None:

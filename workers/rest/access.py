@@ -1,7 +1,8 @@
 """Who may call what: bearer tokens, and the shape every request must have before a handler sees it.
 
-Guards run before the body is read, so a stranger learns nothing from a validation message. Foreign and unknown
-conversations are told apart by nobody: that is the handlers' part.
+Guards run before the body is read, so a stranger learns nothing from a validation message; a body may take its time, so
+the token is looked at again when it is there. Foreign and unknown conversations are told apart by nobody: that is the
+handlers' part.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hmac
 from typing import TYPE_CHECKING, Any, Final
 
+import anyio
 import msgspec
 from litestar.connection import ASGIConnection
 
@@ -24,13 +26,20 @@ Connection = ASGIConnection[Any, Any, Any, Any]
 
 _TOKEN_LIMIT: Final = 4096
 _JSON: Final = "application/json"
+_FRESH_SECONDS: Final = 0.1
+"""A look at a token that is no older needs no second one: a request that brings its body with it pays for one."""
 
 
 class Caller(msgspec.Struct, frozen=True):
-    """Who asks: a user, or the administrator (`user_id` None). `device_id`: the one a token is bound to."""
+    """Who asks: a user, or the administrator (`user_id` None). `device_id`: the one a token is bound to.
+
+    `looked_at`: when the token was found good, seconds of the loop's clock.
+    """
 
     user_id: str | None
     device_id: str | None = None
+    issued_ms: int = 0
+    looked_at: float = 0.0
 
     @property
     def user(self) -> str:
@@ -73,9 +82,23 @@ async def user_guard(connection: Connection, _: BaseRouteHandler) -> None:
     claims = desk.tokens.verify(_bearer(connection), now_ms())
     if claims is None:
         raise _unauthorized()
-    if not await is_good(desk.store, desk.broker, claims.sub, claims.device_id, claims.issued_ms):
+    caller = Caller(claims.sub, claims.device_id, claims.issued_ms, anyio.current_time())
+    await check_good(desk, caller)
+    connection.scope["user"] = caller
+
+
+async def check_good(desk: Desk, caller: Caller) -> None:
+    """Raises RestError where the token of this user was revoked since it was made."""
+    if not await is_good(desk.store, desk.broker, caller.user, caller.device_id, caller.issued_ms):
         raise RestError(ErrorCode.REVOKED, "this device was logged out, or the account is deleted")
-    connection.scope["user"] = Caller(claims.sub, claims.device_id)
+
+
+async def check_still_good(connection: Connection) -> None:
+    """The body is there, some time after its head. Raises RestError where the token was revoked meanwhile."""
+    caller = connection.scope.get("user")
+    is_user = isinstance(caller, Caller) and caller.user_id is not None
+    if is_user and anyio.current_time() - caller.looked_at > _FRESH_SECONDS:
+        await check_good(_desk(connection), caller)
 
 
 async def actor_guard(connection: Connection, handler: BaseRouteHandler) -> None:

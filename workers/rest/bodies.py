@@ -11,6 +11,7 @@ import msgspec
 from litestar import Request
 
 from protocol.errors import ErrorCode
+from workers.rest.access import check_still_good
 from workers.rest.errors import RestError
 
 
@@ -21,8 +22,10 @@ class StrictRequest(Request[Any, Any, Any]):
         """The handler's `data`. Raises RestError."""
         field = self.route_handler.parsed_data_field
         assert field is not None, "the framework asks for JSON where a handler takes data"
+        body = await self.body()
+        await check_still_good(self)
         try:
-            return msgspec.json.decode(await self.body(), type=field.annotation)
+            return msgspec.json.decode(body, type=field.annotation)
         except msgspec.ValidationError as error:
             raise RestError(ErrorCode.VALIDATION_FAILED, str(error)) from None
         except (msgspec.DecodeError, UnicodeDecodeError) as error:

@@ -24,7 +24,7 @@ from protocol.frames import DeviceId
 from protocol.models import Id
 from protocol.prekeys import PublicKey, Purpose, SignedKey, signed_bytes
 from workers.broker import BrokerUnavailable
-from workers.rest.access import shape_guard, user_guard
+from workers.rest.access import Caller, check_good, shape_guard, user_guard
 from workers.rest.allowances import spend
 from workers.rest.desk import Desk, DeskDependency, now_ms
 from workers.rest.errors import ErrorDetail, RestError
@@ -174,6 +174,7 @@ async def put_identity(
         case TooManyDevices():
             raise RestError(ErrorCode.CONFLICT, f"at most {limit} devices of a user have keys")
         case Stored(version=version, changed=changed, left=left):
+            await _stay_revoked(desk, request.user, device_id)
             task = BackgroundTask(announce, desk.store, desk.broker, user_id, device_id, version) if changed else None
             return Response(StoredDevice(version, _own(device, left)), background=task)
 
@@ -229,6 +230,16 @@ async def list_own_keys(
 
 def _own(device: KeyDevice, left: int) -> OwnDevice:
     return OwnDevice(device.device_id, device.identity_key, device.signing_key, device.fallback_key.key_id, left)
+
+
+async def _stay_revoked(desk: Desk, caller: Caller, device_id: str) -> None:
+    """A revocation that ended while the keys were written has missed them: they go again. One that comes later finds
+    them, for it voids the tokens first. Raises RestError."""
+    try:
+        await check_good(desk, caller)
+    except RestError:
+        await retire(desk.store, desk.broker, caller.user, device_id)
+        raise
 
 
 def _owner(request: CallerRequest, device_id: str) -> str:

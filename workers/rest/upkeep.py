@@ -25,7 +25,7 @@ from workers.rest.devices import key_devices
 from workers.rest.errors import RestError
 from workers.rest.shapes import moment_at
 from workers.store.errors import StoreUnavailable
-from workers.store.users import DELETION, READ_RECEIPTS
+from workers.store.users import DELETION, READ_RECEIPTS, REMAINS
 
 if TYPE_CHECKING:
     from workers.rest.desk import Desk
@@ -90,7 +90,7 @@ async def finish(desk: Desk, user_id: str) -> None:
 async def _finish(desk: Desk, found: Unfinished) -> None:
     for step in STEPS[found.work]:
         await step(desk, found.user_id)
-    await desk.store.users.finished(found)
+    await desk.store.users.finished(found, LATER.get(found.work), moment_at(now_ms()))
     log.info("upkeep_finished", user_id=found.user_id, work=found.work)
 
 
@@ -201,6 +201,10 @@ async def tell_owners(desk: Desk, user_id: str) -> None:
 
 STEPS: Final = {
     DELETION: (revoke_everything, leave_groups, forget_keys, forget_blocks, abandon_media, forget_devices),
+    REMAINS: (forget_keys, forget_blocks, abandon_media, forget_devices),
     READ_RECEIPTS: (tell_owners,),
 }
 """Work → its steps, in order. Each may be repeated."""
+LATER: Final = {DELETION: REMAINS}
+"""Work → what is left to do `ABANDONED_SECONDS` after it: requests that were under way may have written past every
+look at the account."""

@@ -47,7 +47,7 @@ class Account(User, kw_only=True, frozen=True):
 
 
 class Unfinished(msgspec.Struct, frozen=True):
-    """`work`: deletion or read_receipts. `token`: of the change alone that asked for it."""
+    """`work`: deletion, remains or read_receipts. `token`: of the change alone that asked for it."""
 
     user_id: str
     work: str
@@ -55,6 +55,8 @@ class Unfinished(msgspec.Struct, frozen=True):
 
 
 DELETION: Final = "deletion"
+REMAINS: Final = "remains"
+"""What a deletion has left behind."""
 READ_RECEIPTS: Final = "read_receipts"
 _INTENT: Final = dict.fromkeys(("unfinished", "unfinished_since", "unfinished_token"), 1)
 
@@ -187,12 +189,12 @@ class UserStore:
             document = await self._users.find_one({"_id": user_id, "unfinished": {"$exists": True}}, _INTENT)
         return None if document is None else _unfinished(document)
 
-    async def finished(self, done: Unfinished) -> None:
-        """That is done; nothing happens where the account has changed again."""
+    async def finished(self, done: Unfinished, later: str | None, now: datetime) -> None:
+        """That is done, and `later` begun, as if by somebody who has gone; nothing happens where the account has
+        changed again."""
+        update: Document = {"$unset": dict.fromkeys(_INTENT, "")} if later is None else {"$set": _intent(later, now)}
         with store_errors():
-            await self._users.update_one(
-                {"_id": done.user_id, "unfinished_token": done.token}, {"$unset": dict.fromkeys(_INTENT, "")}
-            )
+            await self._users.update_one({"_id": done.user_id, "unfinished_token": done.token}, update)
 
     async def take_unfinished(self, before: datetime, now: datetime) -> Unfinished | None:
         """One account whose work was begun, or taken up, before a time and did not end; it is the caller's for now."""
