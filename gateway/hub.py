@@ -27,7 +27,7 @@ from protocol import frames, keys, records
 from protocol.backlog import State
 from protocol.codec import JSON, FrameCodec
 from protocol.errors import AuthErrorCode, CloseCode, ErrorCode
-from protocol.limits import Limits, TokenBucket
+from protocol.limits import Limits, TokenBucket, TypingBudget
 from protocol.session import Session
 
 if TYPE_CHECKING:
@@ -112,8 +112,8 @@ class Hub:
         self._clock = clock
         self._numbers = count(1)
         self._connections: dict[int, Connection] = {}
-        self._buckets: dict[str, TokenBucket] = {}
-        self._buckets_dropped_at = clock()
+        self._budgets: dict[str, tuple[TokenBucket, TypingBudget]] = {}
+        self._budgets_dropped_at = clock()
         self._retiring: deque[tuple[float, Connection]] = deque()
         """Connections whose client has migrated, and when they end."""
 
@@ -205,7 +205,7 @@ class Hub:
                 return session.refuse(outcome.code, outcome.retry_after_ms)
             case Admitted():
                 session_id = keys.new_id("sess", self.wall_ms(), int.from_bytes(os.urandom(8)))
-                bucket = self._bucket(outcome.user_id, now)
+                bucket, typing = self._budget(outcome.user_id, now)
                 return session.admit(
                     outcome.user_id,
                     outcome.device_id,
@@ -214,6 +214,7 @@ class Hub:
                     bucket,
                     now,
                     issued_ms=outcome.issued_ms,
+                    typing=typing,
                 )
             case _:
                 assert_never(outcome)
@@ -239,20 +240,21 @@ class Hub:
             return Refused(AuthErrorCode.DEVICE_LIMIT)
         return None
 
-    def _bucket(self, user_id: str, now: float) -> TokenBucket:
-        bucket = self._buckets.get(user_id)
-        if bucket is None:
+    def _budget(self, user_id: str, now: float) -> tuple[TokenBucket, TypingBudget]:
+        """What a user may send and how often they may be typing, over all their connections here."""
+        budget = self._budgets.get(user_id)
+        if budget is None:
             bucket = TokenBucket(self._limits.message_rate, self._limits.message_burst, now)
-            self._buckets[user_id] = bucket
-        return bucket
+            budget = self._budgets[user_id] = bucket, TypingBudget(self._limits)
+        return budget
 
-    def drop_idle_buckets(self, now: float) -> None:
-        """Forget the buckets of users who have gone. Once a minute: by then they would be full again."""
+    def drop_idle_budgets(self, now: float) -> None:
+        """Forget the budgets of users who have gone. Once a minute: by then they would be full again."""
         refill_seconds = self._limits.message_burst / self._limits.message_rate
-        if now - self._buckets_dropped_at >= max(60.0, refill_seconds):
-            self._buckets_dropped_at = now
-            for user_id in [user_id for user_id in self._buckets if user_id not in self.users]:
-                del self._buckets[user_id]
+        if now - self._budgets_dropped_at >= max(60.0, refill_seconds):
+            self._budgets_dropped_at = now
+            for user_id in [user_id for user_id in self._budgets if user_id not in self.users]:
+                del self._budgets[user_id]
 
     def attach(self, connection: Connection) -> None:
         """The session knows its user: route to it, and let the newest connection of the device win."""
@@ -504,7 +506,7 @@ class Hub:
         for attachments in self.registry.due():
             self.broker.refresh(attachments)
         self.presence.step(now)
-        self.drop_idle_buckets(now)
+        self.drop_idle_budgets(now)
 
     @property
     def migrating(self) -> int:

@@ -31,11 +31,11 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     lookup_rate: float = 5.0
     """retransmit, sync and history together, per second."""
     typing_spacing_seconds: float = 3.0
-    """At most one `typing` start per conversation is passed on in this time."""
+    """At most one `typing` start of a user per conversation is passed on in this time."""
     typing_seconds: float = 6.0
     """Without another start, typing has stopped."""
     typing_conversations: int = 20
-    """Conversations one connection may be typing in."""
+    """Conversations one user may be typing in."""
     watched_people: int = 500
     """People whose presence one connection may watch."""
     people_per_lookup: int = 50
@@ -84,6 +84,36 @@ class TokenBucket:
     def owe(self, tokens: float) -> None:
         """What was taken for turned out to be dearer: so many more, which may leave a debt to wait for."""
         self._level -= tokens
+
+
+class TypingBudget:
+    """How often somebody says that they are typing, over all their connections. `take` is atomic: it never awaits."""
+
+    __slots__ = ("_limits", "_told")
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._told: dict[str, float] | None = None
+        """Conversation → when a start was last passed on."""
+
+    def take(self, conversation_id: str, now: float) -> bool:
+        """May a start be passed on?"""
+        spacing = self._limits.typing_spacing_seconds
+        told = self._told or {}
+        if now - told.get(conversation_id, float("-inf")) < spacing:
+            return False
+        if len(told) >= self._limits.typing_conversations:
+            told = {name: at for name, at in told.items() if now - at < spacing}
+            if len(told) >= self._limits.typing_conversations:
+                return False
+        told[conversation_id] = now
+        self._told = told
+        return True
+
+    def forget(self, conversation_id: str) -> None:
+        """They have sent what they typed: the next start is another one."""
+        if self._told:
+            self._told.pop(conversation_id, None)
 
 
 def counted_address(remote: str) -> str:

@@ -30,7 +30,7 @@ from protocol.commands import (
     Watch,
 )
 from protocol.errors import AuthErrorCode, CloseCode, ErrorCode, LocalProtocolError, RemoteProtocolError
-from protocol.limits import Limits, TokenBucket, check_content, check_message
+from protocol.limits import Limits, TokenBucket, TypingBudget, check_content, check_message
 
 _Refusal = tuple[ErrorCode, str, int | None]
 """(code, reason, retry_after_ms)"""
@@ -50,6 +50,7 @@ class Session(Backlog):
         "_rate_since",
         "_resume",
         "_typing",
+        "_typing_budget",
         "expires_at",
         "heard_at",
         "in_flight",
@@ -70,8 +71,9 @@ class Session(Backlog):
         self.migrating = False
         """The client was told to go on elsewhere."""
         self._resume: dict[str, int] = {}
-        self._typing: dict[str, tuple[float, float | None]] | None = None
-        """Conversation → (when it was last passed on, when it ends by itself; None once it has stopped)."""
+        self._typing: dict[str, float] | None = None
+        """Conversation → when typing there ends by itself."""
+        self._typing_budget: TypingBudget | None = None
         self._messages: TokenBucket | None = None
         self._lookups: TokenBucket | None = None
         self._bad_count = self._rate_count = 0
@@ -138,8 +140,8 @@ class Session(Backlog):
         if refusal is not None:
             return self._refuse_send(refusal, frame.client_message_id, key, payload.conversation_id, now)
         client_message_id = frame.client_message_id or ""
-        if self._typing:
-            self._typing.pop(payload.conversation_id, None)
+        if self._typing and self._typing.pop(payload.conversation_id, None) and self._typing_budget is not None:
+            self._typing_budget.forget(payload.conversation_id)
         if self.in_flight is None:
             self.in_flight = {}
         self.in_flight[key] = (now + self._limits.ack_timeout_seconds, client_message_id)
@@ -297,36 +299,31 @@ class Session(Backlog):
         """Pass on a `start` per spacing and the `stop` that ends it; the rest is dropped without a word."""
         conversation_id = frame.payload.conversation_id
         running = self._typing or {}
-        told, ends = running.get(conversation_id, (float("-inf"), None))
         if frame.payload.state is frames.TypingState.STOP:
-            if ends is None:
+            if running.pop(conversation_id, None) is None:
                 return []
-            running[conversation_id] = (told, None)  # kept for its spacing
             return [Signal(records.Typing(self.user_id, conversation_id, False))]
-        if now - told < self._limits.typing_spacing_seconds:
-            return []
         if conversation_id not in running and len(running) >= self._limits.typing_conversations:
             return []
-        running[conversation_id] = (now, now + self._limits.typing_seconds)
+        if self._typing_budget is None:
+            self._typing_budget = TypingBudget(self._limits)
+        if not self._typing_budget.take(conversation_id, now):
+            return []
+        running[conversation_id] = now + self._limits.typing_seconds
         self._typing = running
         return [Signal(records.Typing(self.user_id, conversation_id, True))]
 
     def _stop_typing(self, now: float) -> list[Command]:
         """Whoever went silent while writing has stopped."""
-        running, spacing = self._typing or {}, self._limits.typing_spacing_seconds
-        over = [name for name, (_, ends) in running.items() if ends is not None and now >= ends]
-        rest = {
-            name: (told, ends)
-            for name, (told, ends) in running.items()
-            if (now - told < spacing if ends is None else now < ends)
-        }
-        self._typing = rest or None
+        running = self._typing or {}
+        over = [name for name, ends in running.items() if now >= ends]
+        self._typing = {name: ends for name, ends in running.items() if now < ends} or None
         return [Signal(records.Typing(self.user_id, name, False)) for name in over]
 
     def leave_typing(self) -> list[records.Typing]:
         """The connection is over: whatever it was typing has stopped."""
         running, self._typing = self._typing or {}, None
-        return [records.Typing(self.user_id, name, False) for name, (_, ends) in running.items() if ends is not None]
+        return [records.Typing(self.user_id, name, False) for name in running]
 
     def _on_presence_subscribe(self, frame: frames.PresenceSubscribe, now: float, wall_ms: int) -> list[Command]:
         user_ids = frame.payload.user_ids
@@ -355,8 +352,10 @@ class Session(Backlog):
         bucket: TokenBucket | None,
         now: float,
         issued_ms: int = 0,
+        typing: TypingBudget | None = None,
     ) -> list[Command]:
-        """The token is good until `expires_at` (monotonic). `bucket`: the user's message rate, for all its devices."""
+        """The token is good until `expires_at` (monotonic). `bucket` and `typing`: the user's rates, for all its
+        devices."""
         if self.state is State.CLOSED or self.state is State.OPENING:
             return []
         self.expires_at = expires_at
@@ -374,6 +373,7 @@ class Session(Backlog):
         self.device_id = device_id
         self.session_id = session_id
         self._messages = bucket
+        self._typing_budget = typing
         self._start_sync(self._resume, is_rewind=True, reply_auth=True, now=now)
         self._enter(State.OPENING)
         return [Attach(user_id, device_id), Ask(self._open_query(self._resume))]

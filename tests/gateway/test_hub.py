@@ -460,3 +460,17 @@ def test_a_silent_client_is_pinged_and_then_given_up(house: House) -> None:
     assert transport.pings == 1
     house.pass_time(30)
     assert transport.closed is CloseCode.AUTH_TIMEOUT
+
+
+def test_many_devices_type_no_more_than_one(house: House) -> None:
+    """Eight devices of one user were eight times as loud."""
+    phones = [house.open(device_id=f"d{number}")[0] for number in range(3)]
+    other, _ = house.open("usr_b")
+    start = {"type": "typing", "payload": {"conversation_id": "conv_1", "state": "start"}}
+    for connection in (*phones, other):
+        house.send(connection, start)
+    signals = house.broker.take("signal")
+    assert [(signal.user_id, signal.started) for signal in signals] == [("usr_a", True), ("usr_b", True)]
+    house.pass_time(4)
+    house.send(phones[1], start)
+    assert len(house.broker.take("signal")) == 1
