@@ -68,6 +68,13 @@ class Settlement(NamedTuple):
     floor: bytes
 
 
+class Fence(NamedTuple):
+    """Whose word is told, and of which shards: where somebody else holds the lease of one by then, nothing is."""
+
+    worker_id: str
+    shards: list[int]
+
+
 @asynccontextmanager
 async def open_broker(url: str) -> AsyncIterator[Broker]:
     """Connect lazily to Redis at `url`; closes its pool on exit."""
@@ -116,6 +123,7 @@ class Broker:
         # One name for the library's untyped method.
         self._execute: Callable[..., Awaitable[Any]] = client.execute_command
         self._settle = client.register_script((LUA / "settle.lua").read_bytes())
+        self._tell = client.register_script((LUA / "tell.lua").read_bytes())
         self._hold = client.register_script((LUA / "hold_leases.lua").read_bytes())
         self._release = client.register_script((LUA / "release_leases.lua").read_bytes())
         self._spend = client.register_script((LUA / "spend.lua").read_bytes())
@@ -193,8 +201,12 @@ class Broker:
         settlements: Sequence[Settlement],
         decided: Mapping[int, Sequence[bytes]],
         outgoing: Sequence[Outgoing] = (),
+        fence: Fence | None = None,
     ) -> None:
         """Append one record per instance, then acknowledge and trim: publishing comes first on the same connection.
+
+        What replaces what was told before, as receipts do, needs a `fence`; an entry of a log has its place whoever
+        tells it.
 
         Only what is `decided` without a trace (shard → entry ids) is acknowledged before it is told, so that no later
         owner decides it otherwise; an outcome that is lost so is asked for again.
@@ -206,8 +218,12 @@ class Broker:
             async with self.client.pipeline(transaction=False) as pipe:
                 for shard, entry_ids in decided.items():
                     pipe.execute_command("XACK", keys.ingest(shard), keys.INGEST_GROUP, *entry_ids)
-                for instance_id, items in down.items():
-                    pipe.execute_command(*_down_command(instance_id, codec.encode_down(items)))
+                if fence is not None and down:
+                    stream_keys, argv = _tell_arguments(fence, down)
+                    await self._tell(keys=stream_keys, args=argv, client=pipe)
+                else:
+                    for instance_id, items in down.items():
+                        pipe.execute_command(*_down_command(instance_id, codec.encode_down(items)))
                 for item in outgoing:
                     pipe.execute_command(*_event_command(item))
                 if settlements:
@@ -540,6 +556,12 @@ def _entries(reply: Any) -> list[StreamEntry]:
 
 def _down_command(instance_id: str, payload: bytes) -> tuple[Any, ...]:
     return ("XADD", keys.down(instance_id), "NOMKSTREAM", "MAXLEN", "~", DOWN_LIMIT, "*", keys.FIELD, payload)
+
+
+def _tell_arguments(fence: Fence, down: Mapping[str, list[records.DownItem]]) -> tuple[list[str], list[Any]]:
+    leases = [keys.lease(shard) for shard in fence.shards]
+    argv = [fence.worker_id, len(leases), DOWN_LIMIT, keys.FIELD, *map(codec.encode_down, down.values())]
+    return leases + [keys.down(instance_id) for instance_id in down], argv
 
 
 def _event_command(item: Outgoing) -> tuple[Any, ...]:

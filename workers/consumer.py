@@ -19,7 +19,7 @@ import structlog
 from protocol import codec, records
 from protocol.models import DLQErrorType
 from workers import metrics
-from workers.broker import Broker, BrokerUnavailable, GroupMissing, Settlement, StreamEntry
+from workers.broker import Broker, BrokerUnavailable, Fence, GroupMissing, Settlement, StreamEntry
 from workers.commit import Committer
 from workers.conversations import Conversations
 from workers.dead_letters import dead_letter, dead_letter_id
@@ -85,7 +85,9 @@ class Lane:
         shards: int,
         edit_seconds: int,
         interest: Interest,
+        worker_id: str = "",
     ) -> None:
+        self._worker_id = worker_id
         self._store = store
         self._broker = broker
         self._batch = batch
@@ -357,13 +359,17 @@ class Lane:
         return None if before is None else before.active_at
 
     async def _publish_and_settle(
-        self, down: Down, decided: Mapping[int, Sequence[bytes]], outgoing: Sequence[Outgoing] = ()
+        self,
+        down: Down,
+        decided: Mapping[int, Sequence[bytes]],
+        outgoing: Sequence[Outgoing] = (),
+        fence: Fence | None = None,
     ) -> None:
         settlements = [log_.settle(shard) for shard, log_ in self._logs.items() if log_.done]
         if not down and not settlements:
             return
         try:
-            await self._broker.publish_and_settle(down, settlements, decided, outgoing)
+            await self._broker.publish_and_settle(down, settlements, decided, outgoing, fence)
         except BrokerUnavailable as error:
             # Senders ask again, the sweep repairs pushes, and entries stay pending until their ids come round again.
             log.warning("publish_failed", instances=len(down), error=str(error)[:200])
@@ -406,13 +412,14 @@ class Lane:
             await self._typists.tell(down, _now_ms())
             await self._receipts.resolve()
             await self._receipts.flush(lazy=False)
+            fence = Fence(self._worker_id, self._receipts.shards)
             await self._receipts.tell(down, _now_ms())
         except BaseException:
             self._unflushed = entries + self._unflushed
             raise
         for shard, entry_id in entries:
             self._done(shard, entry_id)
-        await self._publish_and_settle(down, {})
+        await self._publish_and_settle(down, {}, fence=fence)
         delivered, self._receipts.delivered_ids = self._receipts.delivered_ids, {}
         if delivered:
             await self._broker.drop_from_inbox(delivered)

@@ -35,7 +35,7 @@ async def run(settings: Settings, store: Store, broker: Broker, stopping: anyio.
     registry = Registry(broker)
     interest = Interest()
     lanes = [
-        Lane(store, broker, registry, settings.batch, settings.shards, settings.edit_seconds, interest)
+        Lane(store, broker, registry, settings.batch, settings.shards, settings.edit_seconds, interest, worker_id)
         for _ in range(settings.lanes)
     ]
 

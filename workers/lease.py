@@ -62,6 +62,8 @@ class Leases:
     async def run(self) -> None:
         """Take, renew and give up leases until cancelled."""
         while True:
+            # Before it renews: a process that stood still may find a lease free again that another had meanwhile.
+            self._drop_expired()
             try:
                 await self._round()
             except BrokerUnavailable as error:

@@ -89,6 +89,12 @@ class Receipts:
         """Is there anything to resolve or tell?"""
         return bool(self._incoming or self._moved or self._conversations.replied)
 
+    @property
+    def shards(self) -> list[int]:
+        """Of the conversations that the next `tell` is about."""
+        moved = [name for name, _ in self._moved.keys() | self._conversations.replied]
+        return sorted({keys.shard_of(name, self._shards) for name in moved})
+
     def receive(self, record: records.Receipts) -> None:
         """Take a record for the next tick. Never awaits."""
         self._incoming.append(record)

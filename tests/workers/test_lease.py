@@ -95,6 +95,23 @@ async def test_a_clean_stop_gives_the_shards_back_at_once(broker: Broker) -> Non
     assert await broker.hold_leases("worker-2", list(range(SHARDS))) == list(range(SHARDS))
 
 
+async def test_a_lease_that_ended_while_the_process_stood_still_is_a_new_one(broker: Broker) -> None:
+    """Another may have owned the shard meanwhile: what memory holds of it is old, even if the lease is free."""
+    changes: list[frozenset[int]] = []
+    leases = Leases(broker, "worker-a", 1, changes.append)
+    async with anyio.create_task_group() as group:
+        group.start_soon(leases.run)
+        await until(lambda: changes, 3)
+        group.cancel_scope.cancel()
+    await broker.client.delete(keys.lease(0))
+    leases._until[0] = anyio.current_time() - 1.0
+    async with anyio.create_task_group() as group:
+        group.start_soon(leases.run)
+        await until(lambda: len(changes) == 3, 3)
+        group.cancel_scope.cancel()
+    assert changes == [{0}, set(), {0}]
+
+
 async def test_a_stolen_lease_is_noticed(broker: Broker) -> None:
     one = Worker(broker, "worker-1")
     async with one.running():

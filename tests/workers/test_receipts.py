@@ -43,6 +43,23 @@ async def test_receipts_reach_the_author_and_only_move_forward(yard: Yard) -> No
     assert (member["delivered_seq"], member["read_seq"], member["devices"]) == (3, 2, {"d1": 3})
 
 
+async def test_receipts_of_an_owner_that_was_cut_off_do_not_take_back_what_the_next_one_told(yard: Yard) -> None:
+    """What it had to say waited in a broken line, or in a process that stood still, while another owner went on."""
+    await yard.connect("ann", "bob")
+    async with run_lane(yard):
+        conv = await yard.create("ann", "bob")
+        await yard.send(conv, "ann", "k1")
+        (ack,) = await yard.acks(1)
+        home = keys.lease(keys.shard_of(conv, SHARDS))
+        await yard.broker.client.set(home, "somebody else")
+        await yard.delivered(ack["payload"]["message_id"], "bob")
+        await eventually(lambda: settled(yard))
+        await yard.broker.client.delete(home)
+        await yard.read(ack["payload"]["message_id"], "bob")
+        ((users, update),) = await receipts(yard, 1)
+    assert (users, update.delivered_through, update.read_through) == (["ann"], 1, 1)
+
+
 async def test_receipts_survive_a_crash_before_their_flush(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
     async with run_lane(yard):
         conv = await yard.create("ann", "bob")
