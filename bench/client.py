@@ -295,7 +295,13 @@ class Client:
         self._beat_seconds = interval_ms / 1000 if isinstance(interval_ms, int) else float("inf")
         self._beat_at = now + self._beat_seconds
         self._record(
-            journal.Connected(resumed=self._resumed, opened_at=self._opened_at, migrated=migrated, **self._stamp(now))
+            journal.Connected(
+                resumed=self._resumed,
+                opened_at=self._opened_at,
+                migrated=migrated,
+                unread=success.payload.unread_count,
+                **self._stamp(now),
+            )
         )
         self._sends.requeue()
         return self._flush(now)
@@ -339,6 +345,8 @@ class Client:
         key = payload.idempotency_key if isinstance(payload.idempotency_key, str) else None
         conversation_id = payload.conversation_id if isinstance(payload.conversation_id, str) else None
         pending = self.pending.get(key) if key is not None else None
+        if conversation_id is None and pending is not None:
+            conversation_id = pending.conversation_id
         self._record(
             journal.Refused(
                 code=payload.code,

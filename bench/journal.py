@@ -32,6 +32,8 @@ class Connected(Event, frozen=True, gc=False, kw_only=True):
     opened_at: float = 0.0
     migrated: bool = False
     """By a session token, while the connection before was still there; its end is no event."""
+    unread: int | None = None
+    """What `auth_success` counted."""
 
 
 class Closed(Event, frozen=True, gc=False, kw_only=True):

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from bench import figures
+from bench.history import WritingLedger, audit
 from bench.http_api import ApiError, HttpApi
 from bench.inspection import inspect
 from bench.ledger import Ledger
@@ -55,6 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=_share, default=share, metavar="SHARE", help=f"per message ({share})")
     parser.add_argument("--data-dir", type=Path, help="keep data and logs of the own system there")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
+    parser.add_argument(
+        "--history", type=Path, metavar="FILE", help="write what the phones saw there, and audit it all"
+    )
 
 
 def _speed(text: str) -> float | None:
@@ -88,8 +92,10 @@ def main(args: argparse.Namespace) -> int:
 
 def _run(stack: Stack, transcripts: Sequence[Transcript], args: argparse.Namespace) -> int:
     shares = None if args.plain else Shares(**{name: getattr(args, name) for name in Shares.__struct_fields__})
-    replay = Replay(stack, transcripts, args.speed, args.seed, shares)
+    replay = Replay(stack, transcripts, args.speed, args.seed, shares, args.history)
     trio.run(replay.run)
+    if args.history:
+        replay.audit(args.history)
     report = replay.report()
     show_rooms(replay.rooms)
     figures.print_table("replay", {name: value for name, value in report.items() if name != "rooms"})
@@ -108,6 +114,7 @@ class Replay:
         speed: float | None,
         seed: int,
         shares: Shares | None = None,
+        history: Path | None = None,
     ) -> None:
         self.rooms: list[Room] = []
         self._stack = stack
@@ -115,7 +122,7 @@ class Replay:
         self._speed = speed
         self._seed = seed
         self._shares = shares
-        self._ledger = Ledger()
+        self._ledger = Ledger() if history is None else WritingLedger(history)
         self._ack_latency = figures.Latencies()
         self._lateness = figures.Latencies()
         self._seconds = 0.0
@@ -175,7 +182,16 @@ class Replay:
                     self._cpu_seconds = self._cpu.used_seconds()
                     for room in self.rooms:
                         room.violations += await inspect(room)
+                    if isinstance(self._ledger, WritingLedger):
+                        self._ledger.end(trio.current_time())
                     phones.cancel_scope.cancel()
+
+    def audit(self, history: Path) -> None:
+        """What the auditor finds becomes part of the verdict; what it says is shown."""
+        status, told = audit(self._stack, [history])
+        sys.stdout.write("\n".join(told) + "\n")
+        if status:
+            self._failures.append(f"audit: exit status {status}: {told[0] if told else 'nothing said'}")
 
     async def _show_progress(self, progress: Progress) -> None:
         total = sum(len(transcript.lines) for transcript in self._transcripts)

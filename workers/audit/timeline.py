@@ -55,8 +55,9 @@ class Timeline:
         self.devices: dict[tuple[str, str], Device] = {}
         self.last_fault = 0.0
         self.faults: list[tuple[float, float]] = []
-        self.begun = _NEVER
         self.end = 0.0
+        self.ended = False
+        """Its last event says that the clients had listened to the end, with nothing left to say."""
         self.unread: list[history.Unread] = []
         self.samples: list[history.Sample] = []
         self._tickets: dict[str, list[float]] = {}
@@ -70,7 +71,7 @@ class Timeline:
     def take(self, event: history.AnyEvent) -> None:
         """One more event; those of conversations only move the end."""
         self.end = max(self.end, event.t)
-        self.begun = min(self.begun, event.t)
+        self.ended = isinstance(event, history.End)
         match event:
             case history.Connect():
                 self._on_connect(event)

@@ -287,10 +287,11 @@ class Views:
                 self._check_liveness(log, user, dev, device, runs, max(first, backlog + 1))
 
     def _check_liveness(self, log: LogAudit, user: str, dev: str, device: Device, runs: Runs, first: int) -> None:
-        end = self._timeline.end
-        if end - max(device.open_since(), self._timeline.last_fault) < REACH_SECONDS:
+        end, patience = self._timeline.end, 0.0 if self._timeline.ended else REACH_SECONDS
+        quiet_seconds = end - max(device.open_since(), self._timeline.last_fault)
+        if quiet_seconds < patience or quiet_seconds < 0:
             return
-        for low, high in _stored(runs.missing(first, min(self._known_before(end - REACH_SECONDS), log.last)), log):
+        for low, high in _stored(runs.missing(first, min(self._known_before(end - patience), log.last)), log):
             self._add("I14", "an online device never got it", user=user, device=dev, sequences=f"{low}..{high}")
 
     def _check_ended(self, log: LogAudit, user: str, dev: str, runs: Runs, stay: Stay) -> None:
