@@ -194,6 +194,9 @@ class Hub:
                 return
         elif outcome is None:
             outcome = self._admission.check(payload, connection.remote, now, self.wall_ms())
+            if isinstance(outcome, Refused) and outcome.code is AuthErrorCode.USER_MISMATCH:
+                # A genuine token in other hands: whoever keeps watch wants to know.
+                _log.warning("auth_refused", code=outcome.code.value, user=payload.user_id, remote=connection.remote)
         connection.run(self._decide(connection, outcome, now), now)
 
     def _decide(self, connection: Connection, outcome: Admitted | Refused, now: float) -> list[Command]:

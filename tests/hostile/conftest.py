@@ -24,8 +24,8 @@ SETTINGS: Final = {
     "TRIREME_MESSAGE_SECONDS": "2",
     "TRIREME_STUCK_SECONDS": "3",
     "TRIREME_AUTH_TIMEOUT_SECONDS": "2",
-    "TRIREME_HEARTBEAT_SECONDS": "4",
-    "TRIREME_DEAD_SECONDS": "8",
+    "TRIREME_HEARTBEAT_SECONDS": "2",
+    "TRIREME_DEAD_SECONDS": "4",
 }
 """Rates and sizes are protocol.md's. Deadlines are shorter, and the rows that wait for one check its default too."""
 

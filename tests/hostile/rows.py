@@ -28,6 +28,9 @@ Play = Callable[[Scene], Awaitable[Any]]
 FAILURES: Final = (AssertionError, EOFError, trio.TooSlowError, trio.BrokenResourceError, ConnectionClosed)
 """How the other side can disappoint: what a row then got is the failure."""
 
+PATIENCE_SECONDS: Final = 45.0
+"""For one row, on a busy machine."""
+
 BOTH: Final = ("epoll", "trio-websocket")
 ONE: Final = ("epoll",)
 
@@ -84,9 +87,10 @@ async def judge(row: Row, house: House, transport: str, record: Callable[[str, o
     """Play one row; `record` is pytest's `record_property`."""
     async with open_scene(house, transport) as scene:
         try:
-            got = await row.play(scene)
-        except FAILURES as failure:
-            got = failure
+            with trio.fail_after(PATIENCE_SECONDS):
+                got: Any = await row.play(scene)
+        except* FAILURES as failures:
+            got = failures
     verdict = Verdict(row.id, row.sent, transport, repr(got), repr(row.wanted), row.because)
     record("hostile", verdict)
     assert verdict.is_good, f"{row.id} {row.sent} ({transport}): got {verdict.got}, wanted {verdict.wanted}"

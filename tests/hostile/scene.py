@@ -7,6 +7,7 @@ other.
 from __future__ import annotations
 
 import contextlib
+import socket
 from contextlib import asynccontextmanager
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final
@@ -17,8 +18,8 @@ import trio
 from bench.phone import open_websocket
 from bench.services import HOST
 from protocol import codec
-from tests.gateway.peers import Peer, request_head
-from tests.system.crowd import Crowd, Talker, crowd
+from tests.gateway.peers import TEXT, Peer, frame, request_head
+from tests.system.crowd import Crowd, Talker, auth, crowd
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -39,12 +40,22 @@ class Scene:
         self.house = house
         self.people = people
         self.transport = transport
-        number = next(_addresses)
-        self.address = f"127.1.{number // 250}.{number % 250 + 1}"
+        self.address = ""
         """Where this scene's connections come from."""
+        self.move()
         self.indiscretions: list[str] = []
         """Answers that held something of `TELLTALES`."""
         self._peers: list[Peer] = []
+
+    def move(self) -> None:
+        """Come from another address from now on."""
+        number = next(_addresses)
+        self.address = f"127.1.{number // 250}.{number % 250 + 1}"
+
+    @property
+    def log_name(self) -> str:
+        """What the log of this scene's gateway is called."""
+        return "gateway-1" if self.transport == "epoll" else self.transport
 
     @property
     def url(self) -> str:
@@ -55,22 +66,43 @@ class Scene:
     def port(self) -> int:
         return int(self.url.split(":")[2].split("/")[0])
 
-    async def stream(self, port: int | None = None) -> trio.SocketStream:
+    async def stream(self, port: int | None = None, *, receive_bytes: int = 0) -> trio.SocketStream:
         """A TCP connection to the gateway, or to another `port`, from this scene's address."""
-        return await trio.open_tcp_stream(HOST, port or self.port, local_address=self.address)
+        connection = trio.socket.socket()
+        try:
+            if receive_bytes:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+            await connection.bind((self.address, 0))
+            await connection.connect((HOST, port or self.port))
+        except BaseException:
+            connection.close()
+            raise
+        return trio.SocketStream(connection)
 
-    async def open_raw(self) -> Peer:
+    async def open_raw(self, receive_bytes: int = 0) -> Peer:
         """A TCP connection to the gateway, nothing sent."""
-        peer = Peer(await self.stream())
+        peer = Peer(await self.stream(receive_bytes=receive_bytes))
         self._peers.append(peer)
         return peer
 
-    async def open(self, *, subprotocol: str | None = codec.SUBPROTOCOL_JSON) -> Peer:
+    async def open(self, *, subprotocol: str | None = codec.SUBPROTOCOL_JSON, receive_bytes: int = 0) -> Peer:
         """A WebSocket that has said nothing yet, frame by frame."""
-        peer = await self.open_raw()
+        peer = await self.open_raw(receive_bytes)
         await peer.send(request_head(subprotocol=subprotocol))
         head = await peer.head()
         assert head.startswith(b"HTTP/1.1 101 "), head
+        return peer
+
+    async def enter(self, user_id: str = "", *, receive_bytes: int = 0) -> Peer:
+        """A live session of this user, or of a new one, frame by frame; its `sync_complete` has come.
+
+        `receive_bytes`: how much its kernel takes before anybody reads.
+        """
+        name = user_id or await self.people.user()
+        peer = await self.open(receive_bytes=receive_bytes)
+        await peer.send(frame(TEXT, codec.JSON.encode(auth(name, self.people.tokens[name]))))
+        while b'"sync_complete"' not in (await peer.receive())[1]:
+            pass
         return peer
 
     @asynccontextmanager
@@ -80,10 +112,10 @@ class Scene:
         stream = await self.stream(int(url.split(":")[2].split("/")[0]))
         async with stream, trio.open_nursery() as nursery:
             with trio.fail_after(10):
-                socket = await open_websocket(nursery, stream, url, frame_codec.subprotocol)
-            yield Talker(socket, frame_codec)
+                websocket = await open_websocket(nursery, stream, url, frame_codec.subprotocol)
+            yield Talker(websocket, frame_codec)
             with trio.move_on_after(3):
-                await socket.aclose()
+                await websocket.aclose()
             nursery.cancel_scope.cancel()
 
     async def ask(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Final
 
-from tests.hostile import rows, test_handshake, test_rest
+from tests.hostile import rows, test_auth, test_frames, test_handshake, test_rest
 
 TABLES: Final = {
     test_handshake: rows.HANDSHAKE,
+    test_frames: rows.FRAMES,
+    test_auth: rows.AUTH,
     test_rest: rows.REST,
 }
 PENDING: Final = {*rows.FRAMES, *rows.AUTH, *rows.MESSAGES, *rows.HANDSHAKE, *rows.REST} - {
