@@ -205,8 +205,12 @@ class Planner:
         for entry, record, refusal, place in plan.doubts:
             plan.outcomes += others[through:place]
             through = place
-            if not self._plan_repeat(entry, record, plan):
+            owned = self._conversations.get(record.conversation_id)
+            known = self._known(entry.key, plan)
+            if owned is None or known is None:
                 self._reject(record, plan, refusal)
+            else:
+                self._plan_repeat(entry, record, owned, known, plan)
         plan.outcomes += others[through:]
 
     def knows(self, entry: Entry) -> bool:
@@ -238,7 +242,10 @@ class Planner:
         if owned is None:
             self._reject(record, plan, _NO_CONVERSATION)
             return
-        if self._plan_repeat(entry, record, plan):
+        key = entry.key
+        known = self._known(key, plan)
+        if known is not None:
+            self._plan_repeat(entry, record, owned, known, plan)
             return
         member = owned.members.get(record.sender_id)
         refusal: groups.Refused | None = _NO_CONVERSATION
@@ -256,7 +263,7 @@ class Planner:
         if draft.has_event:
             event = event_of(draft, owned.conversation, entry.message_id, owned.last)
             plan.events.append(Outgoing(entry.message_id, event))
-        key, fingerprint = entry.key, _fingerprint(record, draft.hashed)
+        fingerprint = _fingerprint(record, draft.hashed)
         known = Known(entry.message_id, owned.last, owned.created_ms, fingerprint, as_sent=not draft.keeps_hash)
         plan.known[key] = known
         plan.keys.append((key, entry.message_id, message.created_at))
@@ -280,16 +287,11 @@ class Planner:
         plan.fresh.add(message_id)
         return message
 
-    def _plan_repeat(self, entry: Entry, record: records.SendMessage, plan: Plan) -> bool:
-        """Answer a message whose key is known; False for any other."""
-        known = self._known(entry.key, plan)
-        owned = self._conversations.get(record.conversation_id)
-        if known is None or owned is None:
-            return False
+    def _plan_repeat(self, entry: Entry, record: records.SendMessage, owned: Owned, known: Known, plan: Plan) -> None:
+        """Answer a message whose key has its place."""
         fingerprint = _fingerprint(record, content_hash(record.content), known.has_media)
         if self._plan_duplicate(entry, record, owned, known, plan, fingerprint):
             self._tell_again(record, owned, known, plan)
-        return True
 
     def _plan_duplicate(
         self, entry: Entry, record: Asked, owned: Owned, known: Known, plan: Plan, fingerprint: int
