@@ -190,7 +190,7 @@ class Lane:
         """Redis came back empty: nothing in memory about these shards can be trusted to be alone any more."""
         log.warning("streams_missing", shards=len(self._logs))
         try:
-            await self._broker.create_ingest_groups(self._logs)
+            await self._broker.create_ingest_groups(list(self._logs))  # leases move meanwhile
         except BrokerUnavailable:
             await anyio.sleep(0.1)
             return

@@ -351,6 +351,30 @@ async def test_redis_coming_back_empty_loses_no_committed_message_and_no_number(
     assert second["payload"]["sequence_number"] == 2
 
 
+async def test_a_worker_outlives_a_flush_while_its_leases_move(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FLUSHALL takes the leases too: others may take shards while this lane makes its streams again."""
+    create = yard.broker._create_group
+    async with run_lane(yard) as lane:
+        conv = await yard.create("ann", "bob")
+        await yard.send(conv, "ann", "k1")
+        await yard.acks(1)
+        home = frozenset({keys.shard_of(conv, SHARDS)})
+
+        async def create_while_leases_move(stream: str, group: str) -> None:
+            lane.set_shards(home)
+            await create(stream, group)
+
+        monkeypatch.setattr(yard.broker, "_create_group", create_while_leases_move)
+        await yard.broker.client.flushall()
+        await eventually(lambda: yard.broker.client.exists(*(keys.ingest(shard) for shard in home)))
+        monkeypatch.setattr(yard.broker, "_create_group", create)
+        await yard.open()
+        yard.down.clear()
+        await yard.send(conv, "ann", "k2")
+        (ack,) = await yard.acks(1)
+    assert ack["payload"]["sequence_number"] == 2
+
+
 async def test_entries_whose_read_reply_was_lost_are_found_among_the_pending(
     yard: Yard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
