@@ -110,7 +110,7 @@ def run_stack(
     settings: Mapping[str, str] | None = None,
     own_settings: Mapping[str, Mapping[str, str]] | None = None,
     services: Services | None = None,
-    roles: Sequence[str] = ("ingest", "query"),
+    roles: Sequence[str] = ("ingest", "query", "retry"),
     data_dir: Path | None = None,
 ) -> Iterator[Stack]:
     """Run the system until the block ends; yields when every process with a health page says it is ready.

@@ -44,6 +44,7 @@ class ErrorCode(StrEnum):
     QUOTA_EXCEEDED = "quota_exceeded", False, 507
     STORAGE_UNAVAILABLE = "storage_unavailable", True, 503
     OVERLOADED = "overloaded", True, 503
+    QUEUED_FOR_RETRY = "queued_for_retry", True, 503
     REPLACED = "replaced", False, 409
     SLOW_CONSUMER = "slow_consumer", True, 429
     INTERNAL = "internal", True, 500

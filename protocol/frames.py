@@ -480,6 +480,7 @@ _LOGGED: Final = _ANY | {
     ErrorCode.RATE_LIMITED,
     ErrorCode.STORAGE_UNAVAILABLE,
     ErrorCode.OVERLOADED,
+    ErrorCode.QUEUED_FOR_RETRY,
 }
 """What becomes an entry of a log."""
 _SPOKEN: Final = _LOGGED | {ErrorCode.MUTED, ErrorCode.BLOCKED}

@@ -31,7 +31,9 @@ INGEST_CONSUMER = "owner"
 QUERY_GROUP = "query"
 EVENTS_GROUP = "dispatch"
 FIELD = b"r"
-"""The one field of a stream entry: the encoded record."""
+"""The field of a stream entry: the encoded record."""
+LETTER_FIELD = b"l"
+"""A second one, where the entry is the replay of a dead letter: that letter's id."""
 EVENT_MESSAGE_FIELD = b"m"
 """Beside the event in `events`: the id of the message it is about."""
 
@@ -49,6 +51,15 @@ INBOX_LIMIT = 10_000
 def ingest(shard: int) -> str:
     """stream, owned by the holder of the shard's lease; trimmed by MINID behind the last acknowledged entry."""
     return f"ingest:{shard}"
+
+
+def trials(shard: int) -> str:
+    """hash entry id → how often the owner has tried this entry alone and not come back; a day. Empty but for entries
+    whose readers died."""
+    return f"trials:{shard}"
+
+
+TRIALS_TTL_SECONDS = 86_400
 
 
 def lease(shard: int) -> str:

@@ -273,11 +273,23 @@ class SequenceNumber(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class DeadLetterQueueEntry(msgspec.Struct, kw_only=True, frozen=True):
-    """A record that cannot succeed now for its own reason. `raw` holds the bytes of one that could not be decoded."""
+    """A record that cannot succeed now for its own reason. `raw`: its bytes, as they lay in shard `shard`.
+
+    `_id` is the hash of what makes two records the same one (conversation, sender and key of a message), or of stream
+    and entry where the bytes could not be read. `message`, `conversation_id`, `sender_id` and `idempotency_key` are of
+    those that could be. `next_retry_at`: when it is tried next without anybody's doing (null: it waits for a person);
+    while retrying, when it is tried again should nothing be heard of this try.
+
+    `refused_at`: since then its sender may have been told for good that it failed; it is never replayed.
+    """
 
     id: str | UnsetType = msgspec.field(name="_id", default=UNSET)
     message: StoredMessage | UnsetType = UNSET
     raw: bytes | UnsetType = UNSET
+    shard: int | UnsetType = UNSET
+    conversation_id: str | UnsetType = UNSET
+    sender_id: str | UnsetType = UNSET
+    idempotency_key: str | UnsetType = UNSET
     error: str
     error_type: DLQErrorType
     retry_count: int
@@ -288,6 +300,7 @@ class DeadLetterQueueEntry(msgspec.Struct, kw_only=True, frozen=True):
     status: DLQStatus
     resolved_at: datetime | UnsetType = UNSET
     resolved_reason: str | UnsetType = UNSET
+    refused_at: datetime | UnsetType = UNSET
     expires_at: datetime
 
 

@@ -36,6 +36,7 @@ ROLES: Final = {
     "ingest": "workers.ingest",
     "query": "workers.query",
     "events": "workers.events",
+    "retry": "workers.retry",
     "rest": "workers.rest.app",
 }
 """Role → module. Imported only where the role is carried: the HTTP stack alone costs a second of start-up."""

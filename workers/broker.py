@@ -22,6 +22,7 @@ from redis.backoff import NoBackoff
 
 from protocol import codec, keys, records
 from protocol.models import Presence, UserStatus
+from workers.invalidations import invalidations
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
@@ -53,11 +54,20 @@ class GroupMissing(Exception):
 
 
 class StreamEntry(NamedTuple):
-    """One ingest entry. `payload` is None where somebody trimmed it while it was pending."""
+    """One ingest entry. `payload` is None where somebody trimmed it while it was pending. `letter_id`: the dead letter
+    that it is a replay of, "" for what came from a client."""
 
     shard: int
     entry_id: bytes
     payload: bytes | None
+    letter_id: str = ""
+
+
+class Delivered(NamedTuple):
+    """A pending entry and how often it was handed to an owner; each time but the last without an acknowledgement."""
+
+    entry_id: bytes
+    times: int
 
 
 class Settlement(NamedTuple):
@@ -118,8 +128,8 @@ class Broker:
 
     def __init__(self, client: redis.asyncio.Redis) -> None:
         self.client = client
-        client.set_response_callback("XREADGROUP", _as_it_comes)
-        client.set_response_callback("XREAD", _as_it_comes)
+        for command in ("XREADGROUP", "XREAD", "XRANGE", "XPENDING"):
+            client.set_response_callback(command, _as_it_comes)
         # One name for the library's untyped method.
         self._execute: Callable[..., Awaitable[Any]] = client.execute_command
         self._settle = client.register_script((LUA / "settle.lua").read_bytes())
@@ -161,6 +171,12 @@ class Broker:
         """Append a record to its shard."""
         await self._run("XADD", keys.ingest(shard), "*", keys.FIELD, codec.encode_record(record))
 
+    async def append_replay(self, shard: int, payload: bytes, letter_id: str) -> None:
+        """Append what a dead letter holds to its shard again, byte for byte."""
+        await self._run(
+            "XADD", keys.ingest(shard), "*", keys.FIELD, payload, keys.LETTER_FIELD, letter_id.encode()
+        )  # fmt: skip
+
     async def create_ingest_groups(self, shards: Iterable[int]) -> None:
         """Make stream and group of each shard where they are missing; the group starts at the stream's beginning."""
         for shard in shards:
@@ -194,6 +210,31 @@ class Broker:
             "COUNT", count, "STREAMS", keys.ingest(shard), after,
         )  # fmt: skip
         return _entries(reply)
+
+    async def pending(self, shard: int, after: bytes, count: int) -> list[Delivered]:
+        """The first entries of a shard behind an id (b"0" for all) that were read and not acknowledged. Looking at them
+        counts as no delivery."""
+        start = b"-" if after == b"0" else b"(" + after
+        reply = await self._run("XPENDING", keys.ingest(shard), keys.INGEST_GROUP, start, "+", count)
+        return [Delivered(row[0], int(row[3])) for row in reply]
+
+    async def read_entry(self, shard: int, entry_id: bytes) -> StreamEntry:
+        """One entry, without it being delivered to anybody."""
+        reply = await self._run("XRANGE", keys.ingest(shard), entry_id, entry_id)
+        return _unusual_entry(shard, entry_id, reply[0][1] if reply else None)
+
+    async def begin_trial(self, shard: int, entry_id: bytes) -> None:
+        """An entry whose readers died is tried alone; `end_trial` says that this time nobody did."""
+        await self._run("HINCRBY", keys.trials(shard), entry_id, 1)
+        await self._run("EXPIRE", keys.trials(shard), keys.TRIALS_TTL_SECONDS)
+
+    async def trials(self, shard: int, entry_id: bytes) -> int:
+        """How often this entry was tried alone by somebody who never came back."""
+        return int(await self._run("HGET", keys.trials(shard), entry_id) or 0)
+
+    async def end_trial(self, shard: int, entry_id: bytes) -> None:
+        """The trial ended without harm, or the entry is gone."""
+        await self._run("HDEL", keys.trials(shard), entry_id)
 
     async def publish_and_settle(
         self,
@@ -506,39 +547,8 @@ class Broker:
         forgets all it cached.
         """
         with _passing_errors():
-            pubsub = self.client.pubsub()
-            tracker = self.client.client()
-            try:
-                await pubsub.connect()  # type: ignore[no-untyped-call]
-                connection: Any = pubsub.connection
-                await connection.send_command("CLIENT", "ID")
-                listener_id = int(await connection.read_response())
-                await pubsub.subscribe("__redis__:invalidate")
-                await tracker.execute_command(  # type: ignore[no-untyped-call]
-                    "CLIENT", "TRACKING", "ON", "REDIRECT", listener_id, "BCAST", "PREFIX", keys.CONNECTION_PREFIX
-                )
-                yield _invalidations(pubsub, tracker)
-            finally:
-                with anyio.CancelScope(shield=True), anyio.move_on_after(2):
-                    await pubsub.aclose()  # type: ignore[no-untyped-call]
-                    if tracker.connection is not None:
-                        # It must not go back to the pool: it still tracks.
-                        await tracker.connection.disconnect(nowait=True)
-                    await tracker.aclose()
-
-
-async def _invalidations(pubsub: Any, tracker: Any) -> AsyncIterator[list[str] | None]:
-    prefix = len(keys.CONNECTION_PREFIX)
-    while True:
-        message = await pubsub.get_message(ignore_subscribe_messages=True, timeout=5.0)
-        if message is None:
-            await tracker.execute_command("PING")
-            continue
-        data = message["data"]
-        if data is None:
-            yield None
-        else:
-            yield [key[prefix:].decode() for key in (data if isinstance(data, list) else [data])]
+            async with invalidations(self.client, keys.CONNECTION_PREFIX) as changes:
+                yield changes
 
 
 def _as_it_comes(response: Any, **options: Any) -> Any:
@@ -550,8 +560,18 @@ def _entries(reply: Any) -> list[StreamEntry]:
     for stream, items in reply or ():
         shard = int(stream[stream.rindex(b":") + 1 :])
         for entry_id, fields in items:
-            entries.append(StreamEntry(shard, entry_id, fields[1] if fields else None))
+            if fields is not None and len(fields) == 2:
+                entries.append(StreamEntry(shard, entry_id, fields[1]))
+            else:
+                entries.append(_unusual_entry(shard, entry_id, fields))
     return entries
+
+
+def _unusual_entry(shard: int, entry_id: bytes, fields: list[bytes] | None) -> StreamEntry:
+    """Trimmed while it was pending, or the replay of a dead letter."""
+    named = dict(zip(fields[::2], fields[1::2], strict=False)) if fields else {}
+    letter_id = named.get(keys.LETTER_FIELD, b"").decode(errors="replace")
+    return StreamEntry(shard, entry_id, named.get(keys.FIELD), letter_id)
 
 
 def _down_command(instance_id: str, payload: bytes) -> tuple[Any, ...]:

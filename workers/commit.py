@@ -15,11 +15,8 @@ import anyio
 import structlog
 
 from protocol import records
-from protocol.errors import ErrorCode
 from protocol.models import DLQErrorType, MessageType
 from workers import metrics
-from workers.dead_letters import dead_letter, dead_letter_id, unplaced
-from workers.outcomes import refused
 from workers.plan import Entry, Plan, Planner, Read
 from workers.receipts import Place, RecentPlaces
 from workers.store.errors import StoreUnavailable
@@ -29,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from workers.conversations import Conversations, Owned
+    from workers.dead_letters import DeadLetters
     from workers.interest import Interest
     from workers.store import Store
 
@@ -48,9 +46,16 @@ class Committer:
     """
 
     def __init__(
-        self, store: Store, conversations: Conversations, recent: RecentPlaces, edit_seconds: int, interest: Interest
+        self,
+        store: Store,
+        conversations: Conversations,
+        recent: RecentPlaces,
+        dead_letters: DeadLetters,
+        edit_seconds: int,
+        interest: Interest,
     ) -> None:
         self._store = store
+        self._dead_letters = dead_letters
         self._conversations = conversations
         self._recent_places = recent
         self._planner = Planner(conversations, edit_seconds, interest)
@@ -77,6 +82,7 @@ class Committer:
                 await self._project(plan)
                 plan.outcomes += buried
                 self._remember(batch, plan)
+                await self._dead_letters.settle(batch, plan, now_ms)
                 return plan
             except KeyTaken:
                 metrics.COMMIT_RETRIES.labels("key_taken").inc()
@@ -89,8 +95,7 @@ class Committer:
                 metrics.COMMIT_RETRIES.labels("document_refused").inc()
                 message_id = plan.documents[error.index]["_id"]
                 entry = next(entry for entry in batch if entry.message_id == message_id)
-                buried.append(await self.bury(entry, str(error), now_ms))
-                batch.remove(entry)
+                buried += await self._dead_letters.bury(batch, entry, str(error), DLQErrorType.STORAGE_FAILED, now_ms)
             except StoreUnavailable as error:
                 metrics.COMMIT_RETRIES.labels("outcome_unknown").inc()
                 log.warning("commit_outcome_unknown", error=str(error)[:200], retry_seconds=backoff)
@@ -197,21 +202,3 @@ class Committer:
             self._conversations.lazy[key] = sender
             if reads_others:
                 self._conversations.replied.add(key)
-
-    async def bury(self, entry: Entry, reason: str, now_ms: int) -> tuple[str, records.DownItem]:
-        """A message the store refuses for its own reason becomes a dead letter; returns what its sender is told."""
-        record = entry.record
-        message = None
-        if isinstance(record, records.SendMessage):
-            message = unplaced(record, entry.message_id, now_ms)
-        await self._store.messages.bury(
-            dead_letter_id(*entry.key), dead_letter(reason, DLQErrorType.STORAGE_FAILED, now_ms, message=message)
-        )
-        metrics.INGESTED.labels("dead_letter").inc()
-        log.error("message_buried", conversation_id=entry.conversation_id, reason=reason[:200])
-        if isinstance(record, records.SendMessage | records.ChangeMessage):
-            return refused(record, ErrorCode.VALIDATION_FAILED, "the message cannot be stored")
-        assert not isinstance(record, records.LookAtAccount), "it has no document"
-        return record.instance, records.CommandOutcome(
-            record.request, ErrorCode.VALIDATION_FAILED, "the command cannot be stored", b""
-        )

@@ -19,10 +19,10 @@ import structlog
 from protocol import codec, records
 from protocol.models import DLQErrorType
 from workers import metrics
-from workers.broker import Broker, BrokerUnavailable, Fence, GroupMissing, Settlement, StreamEntry
+from workers.broker import Broker, BrokerUnavailable, Delivered, Fence, GroupMissing, Settlement, StreamEntry
 from workers.commit import Committer
 from workers.conversations import Conversations
-from workers.dead_letters import dead_letter, dead_letter_id
+from workers.dead_letters import DeadLetters, error_type_of
 from workers.delivery import Courier, Down, Registry
 from workers.plan import Entry, Plan
 from workers.receipts import Receipts
@@ -40,6 +40,12 @@ if TYPE_CHECKING:
     from workers.store import Store
     from workers.store.messages import Key
 
+SUSPECT_DELIVERIES: Final = 3
+"""So often handed to an owner and never acknowledged: from now on it is tried alone (reliability.md section 10.5)."""
+POISON_DELIVERIES: Final = 5
+POISON_TRIALS: Final = 2
+"""So often tried alone by owners who died of it: it is buried unread."""
+TRIAL_LOOK_SECONDS: Final = 0.5
 BLOCK_MS: Final = 250
 """How long a read waits: also how long a newly leased shard waits for its first read."""
 READ_SPACING_SECONDS: Final = 0.008
@@ -67,6 +73,10 @@ class _ShardLog:
         self.outstanding: dict[bytes, None] = {}
         self.done: list[bytes] = []
 
+    def holds(self, entry_id: bytes) -> bool:
+        """Has this entry not been acknowledged yet?"""
+        return entry_id in self.outstanding or entry_id in self.done
+
     def settle(self, shard: int) -> Settlement:
         """Acknowledge what is done; everything below the first entry without an outcome may be trimmed."""
         done, self.done = self.done, []
@@ -86,7 +96,9 @@ class Lane:
         edit_seconds: int,
         interest: Interest,
         worker_id: str = "",
+        trial: anyio.Lock | None = None,
     ) -> None:
+        """`trial`: shared by the lanes of a process, see `_try_alone`."""
         self._worker_id = worker_id
         self._store = store
         self._broker = broker
@@ -95,18 +107,24 @@ class Lane:
         self._courier = Courier(registry)
         self._receipts = Receipts(self._conversations, store.messages, store.marks, self._courier, shards)
         self._typists = Typists(self._conversations, self._courier, shards)
-        self._committer = Committer(store, self._conversations, self._receipts.recent, edit_seconds, interest)
+        self._dead_letters = DeadLetters(store.dead_letters, store.messages)
+        self._committer = Committer(
+            store, self._conversations, self._receipts.recent, self._dead_letters, edit_seconds, interest
+        )
+        self._trial = trial or anyio.Lock()
         self._logs: dict[int, _ShardLog] = {}
         self._new_shards: list[int] = []
         self._queue: deque[Entry] = deque()
         self._queued = anyio.Event()
         self._room = anyio.Event()
         self._to_tell = anyio.Event()
+        self._settled = anyio.Event()
         self._unflushed: list[tuple[int, bytes]] = []
         self._heads: dict[str, HeadMark] = {}
         self._keys: list[tuple[Key, str, datetime]] = []
         self._inbox: dict[str, list[str]] = defaultdict(list)
         self._heads_at = 0.0
+        self._stop = anyio.Event()
         self._stopping = False
 
     def set_shards(self, shards: frozenset[int]) -> None:
@@ -118,12 +136,15 @@ class Lane:
             self._queue = deque(entry for entry in self._queue if entry.shard not in lost)
             self._unflushed = [(shard, entry_id) for shard, entry_id in self._unflushed if shard not in lost]
             self._conversations.forget_shards(shards)
+            self._dead_letters.forget_shards(shards)
+            self._note_settled()
         for shard in shards - self._logs.keys():
             self._logs[shard] = _ShardLog()
             self._new_shards.append(shard)
 
     async def run(self, stopping: anyio.Event) -> None:
         """Work until `stopping`; then finish what was read and return."""
+        self._stop = stopping
         async with anyio.create_task_group() as group:
             group.start_soon(self._tell_loop, name="teller")
             async with anyio.create_task_group() as movers:
@@ -148,6 +169,8 @@ class Lane:
         taken_at = 0.0
         while True:
             try:
+                if self._new_shards:
+                    await self._dead_letters.load(self._new_shards)
                 while self._new_shards:
                     await self._read_pending(self._new_shards[-1])
                     self._new_shards.pop()
@@ -170,16 +193,74 @@ class Lane:
                 backoff = min(backoff * 2, LONGEST_BACKOFF_SECONDS)
 
     async def _read_pending(self, shard: int) -> None:
-        """What the previous owner read and never acknowledged comes first, in order."""
+        """What was read and never acknowledged comes first, in order; whose readers died again and again, alone."""
         after = b"0"
         while shard in self._logs:
             await self._wait_for_room()
-            entries = await self._broker.read_pending(shard, after, self._batch)
-            if not entries:
+            pending = await self._broker.pending(shard, after, self._batch)
+            if not pending:
                 return
-            log.info("pending_taken_over", shard=shard, entries=len(entries))
-            await self._take(entries, redelivered=True)
-            after = entries[-1].entry_id
+            while pending and shard in self._logs:
+                outstanding = self._logs[shard].outstanding
+                fresh = [p.entry_id not in outstanding and p.times < SUSPECT_DELIVERIES for p in pending]
+                count = fresh.index(False) if False in fresh else len(fresh)
+                if count:
+                    log.info("pending_taken_over", shard=shard, entries=count)
+                    await self._take(await self._broker.read_pending(shard, after, count), redelivered=True)
+                elif pending[0].entry_id not in outstanding:
+                    count = 1
+                    await self._try_alone(shard, after, pending[0])
+                else:
+                    count = next((n for n, p in enumerate(pending) if p.entry_id not in outstanding), len(pending))
+                after = pending[count - 1].entry_id
+                pending = pending[count:]
+
+    async def _try_alone(self, shard: int, after: bytes, suspect: Delivered) -> None:
+        """An entry whose owners died, each time they had read it: nothing else of this process is suspected meanwhile.
+
+        That it is on trial is written down first, and taken back when the process has survived it; who finds
+        `POISON_TRIALS` of them knows that it is the entry. So no outage, however long and however often owners
+        change in it, makes a dead letter.
+        """
+        async with self._trial:
+            if (
+                suspect.times >= POISON_DELIVERIES
+                and await self._broker.trials(shard, suspect.entry_id) >= POISON_TRIALS
+            ):
+                await self._bury_poison(shard, suspect)
+                return
+            log.warning("entry_tried_alone", shard=shard, entry=suspect.entry_id.decode(), deliveries=suspect.times)
+            await self._broker.begin_trial(shard, suspect.entry_id)
+            try:
+                await self._take(await self._broker.read_pending(shard, after, 1), redelivered=True)
+                while (shard_log := self._logs.get(shard)) is not None and shard_log.holds(suspect.entry_id):
+                    if suspect.entry_id in shard_log.done:
+                        await self._publish_and_settle({}, {})
+                    self._settled = anyio.Event()
+                    with anyio.move_on_after(TRIAL_LOOK_SECONDS):
+                        await self._settled.wait()
+                await self._broker.end_trial(shard, suspect.entry_id)
+            except anyio.get_cancelled_exc_class():
+                if self._stop.is_set():
+                    with anyio.CancelScope(shield=True), anyio.move_on_after(1):
+                        await self._broker.end_trial(shard, suspect.entry_id)
+                raise
+
+    async def _bury_poison(self, shard: int, suspect: Delivered) -> None:
+        """Out of the stream first, unread; then it is read once more, to know whose it is."""
+        entry = await self._broker.read_entry(shard, suspect.entry_id)
+        reason = f"whoever read it died, {suspect.times} times"
+        letter_id = ""
+        if entry.payload is not None:
+            letter_id = await self._dead_letters.bury_unread(entry, reason, DLQErrorType.UNKNOWN, _now_ms())
+        self._done(shard, suspect.entry_id)
+        await self._publish_and_settle({}, {})
+        await self._broker.end_trial(shard, suspect.entry_id)
+        if letter_id and not entry.letter_id:
+            down: Down = defaultdict(list)
+            for instance, item in await self._dead_letters.name(letter_id, entry, reason, _now_ms()):
+                down[instance].append(item)
+            await self._publish_and_settle(down, {})
 
     async def _wait_for_room(self) -> None:
         while len(self._queue) >= self._batch * QUEUE_BATCHES:
@@ -213,8 +294,10 @@ class Lane:
             try:
                 record = codec.decode_ingest(entry.payload)
             except msgspec.DecodeError as error:
-                await self._bury_unreadable(entry, entry.payload, str(error))
+                await self._bury_unreadable(entry, str(error))
                 continue
+            if entry.letter_id and isinstance(record, records.Receipts | records.Typing):
+                await self._dead_letters.settle_unlogged(entry.letter_id, _now_ms())
             if isinstance(record, records.Receipts):
                 self._receipts.receive(record)
                 self._unflushed.append((entry.shard, entry.entry_id))
@@ -224,16 +307,14 @@ class Lane:
                 self._done(entry.shard, entry.entry_id)
                 self._to_tell.set()
             else:
-                self._queue.append(Entry(entry.shard, entry.entry_id, record, redelivered))
+                # Whether a replay's key is in the log already is looked up, as for what was read before.
+                is_doubtful = redelivered or bool(entry.letter_id)
+                self._queue.append(Entry(entry.shard, entry.entry_id, record, is_doubtful, entry.letter_id))
         if self._queue:
             self._queued.set()
 
-    async def _bury_unreadable(self, entry: StreamEntry, raw: bytes, reason: str) -> None:
-        document = dead_letter(reason, DLQErrorType.VALIDATION_FAILED, _now_ms(), raw=raw)
-        letter_id = dead_letter_id(str(entry.shard), entry.entry_id.decode())
-        await self._store.messages.bury(letter_id, document)
-        metrics.INGESTED.labels("dead_letter").inc()
-        log.error("entry_unreadable", shard=entry.shard, reason=reason[:200])
+    async def _bury_unreadable(self, entry: StreamEntry, reason: str) -> None:
+        await self._dead_letters.bury_unread(entry, reason, DLQErrorType.VALIDATION_FAILED, _now_ms())
         self._done(entry.shard, entry.entry_id)
         # Nobody may come after it: its acknowledgement does not wait for the next commit.
         self._to_tell.set()
@@ -290,6 +371,13 @@ class Lane:
         return batch
 
     async def _commit(self, batch: list[Entry]) -> list[Plan]:
+        """Commit together what no dead letter stands in the way of."""
+        now_ms = _now_ms()
+        batch, told = await self._dead_letters.sift(batch, now_ms)
+        plans = await self._commit_fit(batch) if batch else []
+        return [*plans, _saying(told)] if told else plans
+
+    async def _commit_fit(self, batch: list[Entry]) -> list[Plan]:
         """Commit together; where that fails for a reason nobody foresaw, one by one, and bury the one that fails
         alone.
         """
@@ -299,17 +387,8 @@ class Lane:
             log.exception("batch_failed", entries=len(batch))
             if len(batch) > 1:
                 return [plan for entry in batch for plan in await self._commit([entry])]
-            await self._bury_poison(batch[0], error)
-            return []
-
-    async def _bury_poison(self, entry: Entry, error: Exception) -> None:
-        document = dead_letter(repr(error), DLQErrorType.UNKNOWN, _now_ms(), raw=codec.encode_record(entry.record))
-        while True:
-            try:
-                await self._store.messages.bury(dead_letter_id(*entry.key), document)
-                return
-            except StoreUnavailable:
-                await anyio.sleep(LONGEST_BACKOFF_SECONDS)
+            told = await self._dead_letters.bury(list(batch), batch[0], repr(error), error_type_of(error), _now_ms())
+            return [_saying(told)]
 
     async def _deliver(self, plan: Plan, down: Down) -> None:
         self._note_heads(plan)
@@ -376,6 +455,11 @@ class Lane:
             for shard, entry_ids, _ in settlements:
                 if shard in self._logs:
                     self._logs[shard].done = entry_ids + self._logs[shard].done
+        self._note_settled()
+
+    def _note_settled(self) -> None:
+        """Somebody may be waiting for an entry to be acknowledged, or lost."""
+        self._settled.set()
 
     # --- teller ------------------------------------------------------------------------------------------------------
 
@@ -452,6 +536,13 @@ def _may_end_a_stay(record: records.LogRecord) -> bool:
     return isinstance(record, records.RemoveParticipant) or (
         isinstance(record, records.ChangeConversation) and isinstance(record.change, records.Ban)
     )
+
+
+def _saying(outcomes: list[tuple[str, records.DownItem]]) -> Plan:
+    """A plan that commits nothing and tells these."""
+    plan = Plan()
+    plan.outcomes = outcomes
+    return plan
 
 
 def _now_ms() -> int:

@@ -34,8 +34,11 @@ async def run(settings: Settings, store: Store, broker: Broker, stopping: anyio.
     worker_id = f"worker-{secrets.token_hex(6)}"
     registry = Registry(broker)
     interest = Interest()
+    trial = anyio.Lock()
     lanes = [
-        Lane(store, broker, registry, settings.batch, settings.shards, settings.edit_seconds, interest, worker_id)
+        Lane(
+            store, broker, registry, settings.batch, settings.shards, settings.edit_seconds, interest, worker_id, trial
+        )
         for _ in range(settings.lanes)
     ]
 

@@ -24,6 +24,8 @@ QUERIES_UNDER_WAY: Final = Gauge("trireme_queries_under_way", "Reads for gateway
 
 INGESTED: Final = Counter("trireme_ingested_total", "Log entries by what became of them", ["outcome"])
 """outcome: committed, duplicate, rejected, dead_letter, lost (trimmed while pending)."""
+REPLAYS: Final = Counter("trireme_replays_total", "Dead letters tried again, by what became of it", ["outcome"])
+"""outcome: resolved, failed (again), rejected (not allowed, so never again)."""
 BATCH_MESSAGES: Final = Histogram(
     "trireme_ingest_batch_messages", "Messages per commit", buckets=(1, 2, 5, 10, 20, 50, 100, 200, 500)
 )
@@ -37,6 +39,7 @@ ERASED: Final = Counter("trireme_erased_total", "Messages whose content has disa
 TYPING: Final = Counter("trireme_typing_total", "Typing signals by what became of them", ["outcome"])
 """outcome: told, refused, dropped."""
 BURIED: Final = Counter("trireme_buried_instances_total", "Dead instances whose traces were removed here")
+DEAD_LETTERS: Final = Gauge("trireme_dead_letters", "Dead letters, as of the last look of a retry role", ["status"])
 SHARDS_HELD: Final = Gauge("trireme_shards_held", "Shards this process owns")
 
 EVENTS: Final = Counter("trireme_events_total", "Events by what became of them", ["outcome"])

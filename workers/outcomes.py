@@ -36,8 +36,10 @@ def acknowledged(
     return record.instance, records.Outcome(record.connection, record.idempotency_key, codec.JSON.encode(frame))
 
 
-def refused(record: Asked, code: ErrorCode, reason: str) -> tuple[str, records.DownItem]:
-    """It will not be committed."""
+def refused(
+    record: Asked, code: ErrorCode, reason: str, retry_after_ms: int | None = None
+) -> tuple[str, records.DownItem]:
+    """It will not be committed; with a retryable code: not now."""
     if record.request:
         return record.instance, records.CommandOutcome(record.request, code, reason, b"")
     frame = frames.error_frame(
@@ -46,5 +48,6 @@ def refused(record: Asked, code: ErrorCode, reason: str) -> tuple[str, records.D
         client_message_id=record.client_message_id or None,
         idempotency_key=record.idempotency_key,
         conversation_id=record.conversation_id,
+        retry_after_ms=retry_after_ms,
     )
     return record.instance, records.Outcome(record.connection, record.idempotency_key, codec.JSON.encode(frame))

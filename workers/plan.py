@@ -51,15 +51,19 @@ RECENT_KEYS = 50_000
 
 
 class Entry:
-    """One log entry of a batch, with the message id it keeps through every attempt."""
+    """One log entry of a batch, with the message id it keeps through every attempt. `letter_id`: the dead letter that
+    this entry is a replay of."""
 
-    __slots__ = ("entry_id", "message_id", "record", "redelivered", "shard")
+    __slots__ = ("entry_id", "letter_id", "message_id", "record", "redelivered", "shard")
 
-    def __init__(self, shard: int, entry_id: bytes, record: records.LogRecord, redelivered: bool) -> None:
+    def __init__(
+        self, shard: int, entry_id: bytes, record: records.LogRecord, redelivered: bool, letter_id: str = ""
+    ) -> None:
         self.shard = shard
         self.entry_id = entry_id
         self.record = record
         self.redelivered = redelivered
+        self.letter_id = letter_id
         self.message_id = ""
 
     @property
@@ -135,6 +139,8 @@ class Plan:
         """Entries without a document: refused, or asking for what is so. Nothing would tell the next owner how they
         were decided, so they are acknowledged before anybody hears of it, and decided once."""
         self.has_unwritten = False
+        self.rejected: list[tuple[records.LogRecord, groups.Refused]] = []
+        """What is not to be, and why: a replay among them has had its chance."""
         self.projections: dict[str, tuple[Owned, Projection]] = {}
         self.found: dict[str, bool] = {}
         """Conversations of entries that had their place already → is one of them no change of a message? Nobody may
@@ -343,6 +349,7 @@ class Planner:
     def _reject(record: Asked, plan: Plan, why: groups.Refused) -> None:
         plan.has_unwritten = True
         metrics.INGESTED.labels("rejected").inc()
+        plan.rejected.append((record, why))
         plan.outcomes.append(refused(record, why.code, why.message))
 
     # --- changes of messages -----------------------------------------------------------------------------------------
@@ -521,6 +528,7 @@ class Planner:
     def _refuse(record: records.GroupCommand, plan: Plan, refused: groups.Refused) -> None:
         metrics.INGESTED.labels("rejected").inc()
         plan.has_unwritten = True
+        plan.rejected.append((record, refused))
         plan.outcomes.append(
             (record.instance, records.CommandOutcome(record.request, refused.code, refused.message, b""))
         )

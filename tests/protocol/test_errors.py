@@ -9,7 +9,14 @@ from protocol.errors import AuthErrorCode, CloseCode, ErrorCode, Reconnect, Remo
 
 def test_exactly_these_errors_may_be_retried() -> None:
     retryable = {code.value for code in ErrorCode if code.retryable}
-    assert retryable == {"rate_limited", "storage_unavailable", "overloaded", "slow_consumer", "internal"}
+    assert retryable == {
+        "rate_limited",
+        "storage_unavailable",
+        "overloaded",
+        "queued_for_retry",
+        "slow_consumer",
+        "internal",
+    }
 
 
 def test_the_codes_of_the_protocol_are_all_there() -> None:

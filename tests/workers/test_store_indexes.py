@@ -115,13 +115,14 @@ async def test_dates_are_bson_dates_so_that_ttl_indexes_fire(store: Store) -> No
     assert document["created_at"].tzinfo is not None
 
 
-async def test_the_dead_letter_queue_has_its_four_indexes(store: Store) -> None:
+async def test_the_dead_letter_queue_has_its_five_indexes(store: Store) -> None:
     keys = [index["key"] for index in (await indexes(store, "dead_letter_queue")).values()]
     assert sorted(keys) == sorted(
         [
             [("status", 1), ("next_retry_at", 1)],
             [("created_at", -1)],
             [("message._id", 1)],
+            [("shard", 1)],
             [("expires_at", 1)],
         ]
     )

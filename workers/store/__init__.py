@@ -32,6 +32,7 @@ from workers.store.blocks import BlockStore
 from workers.store.changes import ChangeStore
 from workers.store.contacts import ContactStore
 from workers.store.conversations import ConversationStore
+from workers.store.dead_letters import DeadLetterStore
 from workers.store.device_keys import DeviceKeyStore
 from workers.store.devices import DeviceStore
 from workers.store.errors import StoreUnavailable, store_errors
@@ -88,6 +89,7 @@ class Store:
         )
         self.retention_days = retention_days
         self.messages = MessageStore(self.db)
+        self.dead_letters = DeadLetterStore(self.db)
         self.changes = ChangeStore(self.db)
         self.conversations = ConversationStore(self.db)
         self.marks = MarkStore(self.db)

@@ -82,6 +82,7 @@ def _log_indexes(retention_days: int) -> dict[str, list[IndexModel]]:
             IndexModel([("status", ASCENDING), ("next_retry_at", ASCENDING)], name="status_next_retry"),
             IndexModel([("created_at", DESCENDING)], name="newest"),
             IndexModel([("message._id", ASCENDING)], name="message"),
+            IndexModel([("shard", ASCENDING)], name="shard"),
             IndexModel([("expires_at", ASCENDING)], name=RETENTION_INDEX, expireAfterSeconds=0),
         ],
     }

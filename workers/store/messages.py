@@ -83,13 +83,12 @@ class Located(NamedTuple):
 
 
 class MessageStore:
-    """`messages`, `idempotency_keys` and `dead_letter_queue` as the ingest role uses them."""
+    """`messages` and `idempotency_keys` as the ingest role uses them."""
 
     def __init__(self, database: AsyncDatabase[Document]) -> None:
         self._messages = database["messages"]
         # A record of what `messages` already says, so nobody waits for a journal on its account.
         self._keys = database["idempotency_keys"].with_options(write_concern=WriteConcern(1))
-        self._dead_letters = database["dead_letter_queue"]
 
     async def append(self, documents: Sequence[Document]) -> None:
         """Insert in order; returns when a majority has journalled all of them.
@@ -182,11 +181,6 @@ class MessageStore:
                 raise StoreUnavailable(str(error)) from error
         except PyMongoError as error:
             raise StoreUnavailable(str(error)) from error
-
-    async def bury(self, dead_letter_id: str, entry: Document) -> None:
-        """Write a dead letter; the same one twice is one document."""
-        with store_errors():
-            await self._dead_letters.update_one({"_id": dead_letter_id}, {"$setOnInsert": entry}, upsert=True)
 
 
 def fingerprint(document: Document) -> Fingerprint:
