@@ -367,7 +367,11 @@ async def test_a_worker_outlives_a_flush_while_its_leases_move(yard: Yard, monke
 
         monkeypatch.setattr(yard.broker, "_create_group", create_while_leases_move)
         await yard.broker.client.flushall()
-        await eventually(lambda: yard.broker.client.exists(*(keys.ingest(shard) for shard in home)))
+
+        async def is_back() -> bool:
+            return bool(await yard.broker.client.exists(*(keys.ingest(shard) for shard in home)))
+
+        await eventually(is_back)
         monkeypatch.setattr(yard.broker, "_create_group", create)
         await yard.open()
         yard.down.clear()
