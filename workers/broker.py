@@ -173,9 +173,7 @@ class Broker:
 
     async def append_replay(self, shard: int, payload: bytes, letter_id: str) -> None:
         """Append what a dead letter holds to its shard again, byte for byte."""
-        await self._run(
-            "XADD", keys.ingest(shard), "*", keys.FIELD, payload, keys.LETTER_FIELD, letter_id.encode()
-        )  # fmt: skip
+        await self._run("XADD", keys.ingest(shard), "*", keys.FIELD, payload, keys.LETTER_FIELD, letter_id.encode())
 
     async def create_ingest_groups(self, shards: Iterable[int]) -> None:
         """Make stream and group of each shard where they are missing; the group starts at the stream's beginning."""

@@ -359,12 +359,15 @@ async def test_no_outage_of_the_store_makes_a_dead_letter(yard: Yard, monkeypatc
         with monkeypatch.context() as patched:
             patched.setattr(yard.store.messages, "append", away)
             await yard.send(conv, "ann", "k1")
-            for _ in range(7):
+            shard = keys.shard_of(conv, SHARDS)
+            for number in range(1, 8):
                 owner = await owners.enter_async_context(run_lane(yard))
-                await anyio.sleep(0.25)
+
+                async def has_read_it(times: int = number) -> bool:
+                    return [found.times for found in await yard.broker.pending(shard, b"0", 10)] == [times]
+
+                await eventually(has_read_it, 10)
                 await lose_its_lease(owner)
-        (pending,) = await yard.broker.pending(keys.shard_of(conv, SHARDS), b"0", 10)
-        assert pending.times == 7
         async with run_lane(yard):
             (ack,) = await yard.acks(1)
     assert ack["payload"]["sequence_number"] == 1

@@ -330,6 +330,9 @@ async def test_a_record_of_any_kind_that_no_code_handles_is_buried_and_ends_no_w
         monkeypatch.setattr(planner, "plan", trip_over)
         for number, record in enumerate(kinds, 1):
             await yard.put(record, conv)
+            if isinstance(record, records.ChangeMessage):
+                (queued,) = await yard.acks(1)
+                assert queued["payload"]["code"] == "queued_for_retry"
             await yard.said(conv, "ann", f"k{number}")
         await eventually(lambda: settled(yard))
     letters = await yard.store.db["dead_letter_queue"].count_documents({})
