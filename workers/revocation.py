@@ -89,11 +89,20 @@ async def revoke_device(
     """
     await hold(broker, user_id)
     valid_from = await store.devices.revoke(user_id, device_id, moment(now_ms), has_token=has_token)
+    if valid_from is None:
+        await broker.drop_session(user_id)
+        return False
+    await tell(store, broker, user_id, device_id, valid_from)
+    return True
+
+
+async def tell(store: Store, broker: Broker, user_id: str, device_id: str, valid_from: datetime) -> None:
+    """Have the copy dropped and the device's connections ended; it is written down when that is done, so that whoever
+    finds Redis away, and is not asked again, leaves it to upkeep. Raises as `revoke_device`."""
     await broker.drop_session(user_id)
-    if valid_from is not None:
-        await broker.signal_user(user_id, records.Revoked(device_id, _ms(valid_from)))
-        log.info("device_revoked", user_id=user_id, device_id=device_id)
-    return valid_from is not None
+    await broker.signal_user(user_id, records.Revoked(device_id, _ms(valid_from)))
+    await store.devices.told(user_id, device_id, valid_from)
+    log.info("device_revoked", user_id=user_id, device_id=device_id)
 
 
 async def revoke_others(store: Store, broker: Broker, user_id: str, keep: str | None, now_ms: int) -> None:
@@ -106,11 +115,13 @@ async def revoke_others(store: Store, broker: Broker, user_id: str, keep: str | 
     if keep is None:
         latest = max([at_least, *found.devices.values()])
         await broker.signal_user(user_id, records.Revoked("", _ms(latest)))
+        await store.devices.told(user_id, None, latest)
     else:
         # A connection is ended by the device it is of; one that nobody wrote down yet is in the registry.
         for device_id in {*found.devices, *await broker.connected_devices(user_id)} - {keep}:
             valid_from = max(at_least, found.devices.get(device_id, at_least))
             await broker.signal_user(user_id, records.Revoked(device_id, _ms(valid_from)))
+            await store.devices.told(user_id, device_id, valid_from)
     log.info("devices_revoked", user_id=user_id, kept=keep)
 
 

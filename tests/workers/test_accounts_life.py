@@ -186,6 +186,27 @@ async def test_a_deleted_account_is_gone_and_its_phone_begins_anew(rest: Rest, s
     assert again.user_id != ann.user_id
 
 
+async def test_a_deletion_uncovers_nothing_of_what_was_read_in_hiding(
+    rest: Rest, store: Store, broker: Broker, settings: Settings
+) -> None:
+    (ann, token), (_, bob) = [await rest.user(name) for name in ("Ann", "Bob")]
+    direct = (await rest.call("POST", "/v1/conversations", bob, {"type": "1:1", "participants": [ann]})).json()["_id"]
+    await patch(rest, token, privacy={"read_receipts": False})
+    sent = await send(rest, bob, direct, "hello")
+    mark = records.Receipts([], [records.ReadMark(ann, "d1", [sent])])
+    await broker.append_ingest(keys.shard_of(direct, settings.shards), mark)
+    with anyio.fail_after(5):
+        while (await membership(store, direct, ann)).read_seq == 0:  # noqa: ASYNC110 - the owner's flush
+            await anyio.sleep(0.02)
+    assert (await rest.call("DELETE", f"/v1/users/{ann}", rest.admin_token)).json()["finished"] is True
+    # What a change of the account has its conversations' owners do.
+    shard = keys.shard_of(direct, settings.shards)
+    await broker.append_ingest(shard, records.LookAtAccount("rest_x", "req_x", direct, ann))
+    await send(rest, bob, direct, "again")
+    receipts = await rest.call("GET", f"/v1/conversations/{direct}/messages/{sent}/receipts", bob)
+    assert [(item["delivered"], item["read"]) for item in receipts.json()["items"]] == [(True, False)]
+
+
 async def test_an_account_without_phone_and_email_is_deleted_by_the_administrator(
     rest: Rest, store: Store, desk: Desk
 ) -> None:

@@ -13,13 +13,20 @@ from protocol import codec, keys, records
 from protocol.errors import AuthErrorCode
 from protocol.models import User, UserStatus
 from workers.broker import BrokerUnavailable, open_broker
+from workers.codes import Codes
+from workers.instances import Instance
 from workers.query import QueryRole
+from workers.rest import upkeep
 from workers.rest.allowances import address_of
+from workers.rest.desk import Desk
 from workers.revocation import is_good, moment, revoke_device, revoke_others
+from workers.senders import NoSender
 from workers.store.devices import NewSession
+from workers.tokens import Tokens
 
 if TYPE_CHECKING:
     from workers.broker import Broker
+    from workers.settings import Settings
     from workers.store import Store
 
 pytestmark = pytest.mark.anyio
@@ -108,6 +115,34 @@ async def test_without_redis_the_truth_is_read_and_changed(store: Store) -> None
         with pytest.raises(BrokerUnavailable):
             await revoke_device(store, away, "ann", "phone", T0 + 5)
         assert not await is_good(store, away, "ann", "phone", T0)
+
+
+async def test_what_was_revoked_while_redis_was_away_is_said_by_upkeep(
+    settings: Settings, store: Store, broker: Broker
+) -> None:
+    """A refresh token was used twice: nobody repeats that request, and the thief's connection stayed for an hour."""
+    await log_in(store, "phone")
+    assert await is_good(store, broker, "ann", "phone", T0), "the copy says so for an hour"
+    async with open_broker(f"redis://127.0.0.1:{free_port()}/0") as away:
+        with pytest.raises(BrokerUnavailable):
+            await revoke_device(store, away, "ann", "phone", T0 + 5)
+    instance = Instance(broker, "rest_1", records.InstanceInfo("rest", "http://one", 0, False))
+    codes = Codes(settings, store, NoSender())
+    desk = Desk(settings, store, broker, instance, Tokens(settings.jwt_private_key), codes, None)
+    async with broker.client.pubsub() as heard:
+        await heard.subscribe(keys.user_channel("ann"))
+        while await upkeep.finish_one(desk, -(10**9)):
+            pass
+        while (message := await heard.get_message(timeout=5)) is None or message["type"] != "message":
+            continue
+        assert codec.decode_signal(message["data"]) == records.Revoked("phone", T0 + 6)
+    assert not await is_good(store, broker, "ann", "phone", T0)
+    await log_in(store, "laptop")
+    await log_in(store, "tablet")
+    await revoke_device(store, broker, "ann", "laptop", T0 + 7)
+    await revoke_others(store, broker, "ann", "tablet", T0 + 8)
+    await revoke_others(store, broker, "ann", None, T0 + 9)
+    assert not await upkeep.finish_one(desk, -(10**9)), "what was said is not said again"
 
 
 async def test_gateways_hear_which_tokens_are_void(store: Store, broker: Broker) -> None:

@@ -12,7 +12,7 @@ from tests.workers.seeding import START, Log
 from workers.store import search
 from workers.store.indexes import SEQUENCE_INDEX
 from workers.store.logs import NotVisible
-from workers.store.search import Spot, Wanted
+from workers.store.search import SearchReader, Spot, Wanted
 
 if TYPE_CHECKING:
     from workers.store import Store
@@ -174,3 +174,22 @@ async def test_the_last_message_is_the_newest_visible_one_that_changes_no_other(
     assert {name: message.sequence_number for name, message in newest.items()} == {"conv_1": 6}
     await log.leave("bob", 3)
     assert await store.search.newest("bob", ["conv_1"]) == {}
+
+
+async def test_whoever_is_banned_during_a_search_finds_nothing_of_after(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = await Log(store, "conv_1", ["ann", "bob"]).create()
+    await log.append("ann")
+    await log.flush()
+    look = SearchReader._joined
+
+    async def ban_meanwhile(self: SearchReader, user_id: str) -> list[tuple[str, int]]:
+        joined = await look(self, user_id)
+        await log.leave("bob", 1)
+        await log.append("ann", content="of bob")
+        return joined
+
+    monkeypatch.setattr(SearchReader, "_joined", ban_meanwhile)
+    found, _ = await store.search.everywhere("bob", Wanted(), None, 9)
+    assert [message.sequence_number for message in found] == [1]

@@ -71,6 +71,12 @@ async def finish_one(desk: Desk, abandoned_seconds: float) -> bool:
         log.info("upkeep_resumed", user_id=change.user_id, work="block")
         await finish_block(desk, change)
         return True
+    untold = await desk.store.devices.take_untold(before, now)
+    if untold is not None:
+        log.info("upkeep_resumed", user_id=untold.user_id, work="revocation")
+        await revocation.tell(desk.store, desk.broker, untold.user_id, untold.device_id, untold.tokens_valid_from)
+        await retire(desk.store, desk.broker, untold.user_id, untold.device_id)
+        return True
     found = await desk.store.users.take_unfinished(before, now)
     if found is None:
         return False

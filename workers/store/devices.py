@@ -2,7 +2,8 @@
 
 `_id` = `{user_id}:{device_id}`. `session_id` and `refresh_hash` are the session that the device's refresh token
 continues; without them there is none. `tokens_valid_from`: access tokens made before are no longer good. A revoked
-device stays until the last of its tokens has ended (`forget_at`), and is not shown.
+device stays until the last of its tokens has ended (`forget_at`), and is not shown; `untold_since` it has not been said
+everywhere that it was revoked.
 """
 
 from __future__ import annotations
@@ -65,6 +66,14 @@ class Validity(msgspec.Struct, frozen=True):
     deleted: bool
     valid_from: datetime | None
     devices: dict[str, datetime]
+
+
+class Untold(msgspec.Struct, frozen=True):
+    """A device of which nobody may have said that it was revoked."""
+
+    user_id: str
+    device_id: str
+    tokens_valid_from: datetime
 
 
 class DeviceStore:
@@ -173,6 +182,22 @@ class DeviceStore:
                 others["device_id"] = {"$ne": keep}
             await self._devices.update_many(others, _revocation(now))
 
+    async def told(self, user_id: str, device_id: str | None, valid_from: datetime) -> None:
+        """Everybody has heard that tokens made before `valid_from` are void: of this device, or (None) of all."""
+        wanted: Document = {"user_id": user_id, "tokens_valid_from": {"$lte": valid_from}}
+        if device_id is not None:
+            wanted["device_id"] = device_id
+        with store_errors():
+            await self._devices.update_many(wanted, {"$unset": {"untold_since": ""}})
+
+    async def take_untold(self, before: datetime, now: datetime) -> Untold | None:
+        """A device that was revoked before a time by somebody who did not get to say so; it is the caller's for now."""
+        with store_errors():
+            document = await self._devices.find_one_and_update(
+                {"untold_since": {"$lt": before}}, {"$set": {"untold_since": now}}, sort=[("untold_since", 1)]
+            )
+        return None if document is None else msgspec.convert(document, Untold)
+
     async def validity(self, user_id: str) -> Validity:
         """Which access tokens of an account are good."""
         with store_errors():
@@ -248,6 +273,7 @@ def _revocation(now: datetime) -> list[Document]:
             "$set": {
                 "tokens_valid_from": {"$max": [now + _MILLISECOND, beyond, "$tokens_valid_from"]},
                 "revoked_at": now,
+                "untold_since": now,
                 "forget_at": now + timedelta(seconds=LONGEST_TOKEN_SECONDS),
             }
         },

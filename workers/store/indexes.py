@@ -88,6 +88,23 @@ def _log_indexes(retention_days: int) -> dict[str, list[IndexModel]]:
     }
 
 
+def _device_indexes() -> list[IndexModel]:
+    return [
+        IndexModel([("user_id", ASCENDING), ("device_id", ASCENDING)], name="user_device"),
+        IndexModel(
+            [("untold_since", ASCENDING)],
+            name="untold",
+            partialFilterExpression={"untold_since": {"$exists": True}},
+        ),
+        IndexModel(
+            [("session_id", ASCENDING)],
+            name="session",
+            partialFilterExpression={"session_id": {"$exists": True}},
+        ),
+        IndexModel([("forget_at", ASCENDING)], name=RETENTION_INDEX, expireAfterSeconds=0),
+    ]
+
+
 def _account_indexes() -> dict[str, list[IndexModel]]:
     return {
         "blocks": [
@@ -106,15 +123,7 @@ def _account_indexes() -> dict[str, list[IndexModel]]:
         + [
             _unfinished_index(),
         ],
-        "devices": [
-            IndexModel([("user_id", ASCENDING), ("device_id", ASCENDING)], name="user_device"),
-            IndexModel(
-                [("session_id", ASCENDING)],
-                name="session",
-                partialFilterExpression={"session_id": {"$exists": True}},
-            ),
-            IndexModel([("forget_at", ASCENDING)], name=RETENTION_INDEX, expireAfterSeconds=0),
-        ],
+        "devices": _device_indexes(),
         "verifications": [
             IndexModel([("verification_id", ASCENDING)], name="verification"),
             IndexModel([("expires_at", ASCENDING)], name=RETENTION_INDEX, expireAfterSeconds=0),

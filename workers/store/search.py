@@ -192,9 +192,10 @@ class SearchReader:
             found = await (await self._messages.aggregate(pipeline, hint=SEQUENCE_INDEX)).to_list()
             audiences = await self._audiences(user_id, {document["conversation_id"] for document in found})
         page = [
-            audiences[document["conversation_id"]].show(document)
+            audience.show(document)
             for document in found[:limit]
-            if document["conversation_id"] in audiences
+            # Whoever was removed since the look at where they are sees nothing of after.
+            if (audience := audiences.get(document["conversation_id"])) is not None and _sees(audience, document)
         ]
         if len(found) <= limit:
             return page, None
