@@ -377,6 +377,16 @@ async def test_a_late_detach_leaves_the_newer_connection_alone(broker: RedisBrok
     assert codec.decode_presence(await redis.call("GET", keys.presence("usr_a"))).status == "online"
 
 
+def test_detaches_are_kept_up_to_a_bound_while_redis_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for each device however often it came and went; past the bound their hour's lifetime ends them."""
+    monkeypatch.setattr("gateway.broker._PENDING_DETACHES", 3)
+    broker = make_broker(Address("127.0.0.1", 1, "", "", 0), "gw_1")
+    for number in range(10):
+        broker.detach(Attachment("usr_a", "d1", number, 1000))
+        broker.detach(Attachment(f"usr_{number}", "d1", 100 + number, 1000))
+    assert len(broker._detaches) == 3
+
+
 @pytest.mark.trio
 async def test_a_detach_that_met_no_redis_is_made_up_for(behind_proxy: RedisBroker, proxy: Proxy, redis: Wire) -> None:
     behind_proxy.attach(CONNECTION)
