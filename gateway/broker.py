@@ -19,6 +19,7 @@ from gateway.receipts import Mark, ReceiptCollector
 from gateway.registry import Attachment, RegistryScripts
 from gateway.subscriptions import Listener, Subscriptions
 from gateway.wire import Address, ReplyFailed, Wire, WireError, WireFull, is_out_of_memory, pack
+from gateway.workload import Workload
 from protocol import keys, records
 from protocol.codec import (
     decode_down,
@@ -37,17 +38,19 @@ if TYPE_CHECKING:
 _log = structlog.get_logger(__name__)
 
 _BLOCK_MS: Final = 1000
-_DOWN_ENTRIES: Final = 128
-"""Entries per read of the down stream: a few milliseconds of routing, so that sockets get their turn."""
+DOWN_ENTRIES: Final = 32
+"""Entries per read of the down stream: a few milliseconds of routing, so that sockets get their turn; at the greatest a
+batch can be (`workers.consumer.BATCH_BYTES`) 80 MB."""
 _TURN_SECONDS: Final = 0.005
 """Routing longer than this lets the other roles run in between."""
 _TRIM_SECONDS: Final = 0.5
 _RECEIPT_FLUSH_SECONDS: Final = 0.02
 _BACKLOG_SECONDS: Final = 0.25
-"""Between two looks at the shards' lengths (reliability.md section 10.5): 64 XLEN cost about 0.3 ms."""
+"""Between two looks at the shards' lengths (reliability.md section 10.5): 64 XLEN cost about 0.3 ms. What this gateway
+appends in between it adds by itself."""
 _RENEW_SECONDS: Final = 2.5
 """Four renewals within the lease's 10 s. Whoever's lease has ended is buried by a worker: its users are offline."""
-_PENDING_DETACHES: Final = 100_000
+PENDING_DETACHES: Final = 100_000
 """Detachments kept while Redis is away; past it the entries' own lifetime ends them."""
 _QUERY_MAXLEN: Final = 10_000
 """A lost query is asked again, so its stream may be capped (protocol/keys.py)."""
@@ -131,6 +134,7 @@ class RedisBroker:
         max_outstanding: int,
         max_receipts: int,
         high_water: int,
+        max_backlog: int,
         deadline_seconds: float,
         wall_ms: Callable[[], int],
     ) -> None:
@@ -152,9 +156,7 @@ class RedisBroker:
         self._endpoint = endpoint
         self._wall_ms = wall_ms
         self._down_key = keys.down(instance_id)
-        self.backlog = [0] * shards
-        """Entries of each shard that no worker has settled, as of the last look."""
-        self._high_water = high_water
+        self.workload = Workload(shards, high_water, max_backlog)
         self._ingest_prefix = [_xadd_prefix(keys.ingest(shard)) for shard in range(shards)]
         self._query_prefix = _xadd_prefix(keys.QUERY, b"MAXLEN", b"~", b"%d" % _QUERY_MAXLEN)
         self._registry = RegistryScripts(instance_id)
@@ -175,7 +177,7 @@ class RedisBroker:
     def publish(self, record: records.SendMessage | records.ChangeMessage) -> ErrorCode | None:
         """See `Broker.publish`."""
         shard = keys.shard_of(record.conversation_id, self._shards)
-        if self.backlog[shard] >= self._high_water:
+        if self.workload.is_full(shard):
             return ErrorCode.OVERLOADED
         payload = encode_record(record)
         packed = b"%b%d\r\n%b\r\n" % (self._ingest_prefix[shard], len(payload), payload)
@@ -183,12 +185,13 @@ class RedisBroker:
             self.commands.post(packed, self._published, record)
         except WireError as error:
             return _code_of(error)
+        self.workload.add(shard)
         return None
 
     def signal(self, record: records.Typing) -> None:
         """See `Broker.signal`."""
         shard = keys.shard_of(record.conversation_id, self._shards)
-        if self.backlog[shard] < self._high_water:
+        if not self.workload.is_full(shard):
             payload = encode_record(record)
             self._post_unless_down(b"%b%d\r\n%b\r\n" % (self._ingest_prefix[shard], len(payload), payload), None)
 
@@ -259,7 +262,7 @@ class RedisBroker:
             self._keep_detach(attachment)
 
     def _keep_detach(self, attachment: Attachment) -> None:
-        if len(self._detaches) < _PENDING_DETACHES:
+        if len(self._detaches) < PENDING_DETACHES:
             self._detaches[attachment.user_id, attachment.device_id] = attachment
 
     def refresh(self, attachments: Sequence[Attachment]) -> None:
@@ -414,24 +417,25 @@ class RedisBroker:
             self.detach(attachment)
 
     async def _watch_backlog(self) -> None:
-        """See how far the workers are behind: a shard past the high-water mark takes no more messages. And whether
-        Redis still knows this instance: what is published to a stream that is gone is lost, acks too."""
+        """See how far the workers are behind: a shard past its high-water mark takes no more messages; past the bound
+        none does. And whether Redis still knows this instance: what is published to a stream that is gone is lost, acks
+        too."""
         looks = [pack("XLEN", keys.ingest(shard)) for shard in range(self._shards)]
         look_at_lease = pack("EXISTS", keys.instance(self._instance_id))
         while True:
             await self.commands.wait_connected()
             self._post_unless_down(look_at_lease, self._note_lease)
             for shard, look in enumerate(looks):
-                self._post_unless_down(look, self._note_backlog, shard)
+                self._post_unless_down(look, self._note_backlog, self.workload.look(shard))
             await trio.sleep(_BACKLOG_SECONDS)
 
     def _note_lease(self, _context: object, reply: Any) -> None:
         if reply == 0 and self._leased:
             self._renew_due.set()
 
-    def _note_backlog(self, shard: int, reply: Any) -> None:
+    def _note_backlog(self, context: tuple[int, int], reply: Any) -> None:
         if type(reply) is int:
-            self.backlog[shard] = reply
+            self.workload.seen(context, reply)
 
     async def _flush_receipts(self) -> None:
         while True:
@@ -461,7 +465,7 @@ class RedisBroker:
             asked_from = self._position
             try:
                 reply = await self.down.call(
-                    "XREAD", "COUNT", _DOWN_ENTRIES, "BLOCK", _BLOCK_MS, "STREAMS", self._down_key, asked_from
+                    "XREAD", "COUNT", DOWN_ENTRIES, "BLOCK", _BLOCK_MS, "STREAMS", self._down_key, asked_from
                 )
             except ReplyFailed as error:
                 _log.warning("down_read_refused", reason=str(error))

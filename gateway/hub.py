@@ -83,6 +83,7 @@ class Hub:
         devices_per_user: int,
         arrivals: Arrivals,
         *,
+        opening_sessions: int,
         clock: Callable[[], float],
         wall_ms: Callable[[], int],
         pages: Callable[[str], HttpAnswer | None],
@@ -109,6 +110,9 @@ class Hub:
         self._limits = limits
         self._devices_per_user = devices_per_user
         self._arrivals = arrivals
+        self._opening_sessions = opening_sessions
+        self.opening: set[int] = set()
+        """Connections whose user was let in and that wait for a worker."""
         self._clock = clock
         self._numbers = count(1)
         self._connections: dict[int, Connection] = {}
@@ -157,6 +161,7 @@ class Hub:
     def remove(self, connection: Connection) -> None:
         """Route nothing here any more and take the registration back."""
         self._connections.pop(connection.session.connection, None)
+        self.opening.discard(connection.session.connection)
         attachment = connection.attachment
         if attachment is None:
             self._arrivals.leave(connection.remote)
@@ -236,7 +241,8 @@ class Hub:
             return None  # it is in: a fresh token asks for nothing that this process may not have to give
         if self.draining:
             return Refused(AuthErrorCode.DRAINING)
-        if self.broker.missing():
+        is_full = connection.attachment is None and len(self.opening) >= self._opening_sessions
+        if is_full or self.broker.missing():
             return Refused(AuthErrorCode.SERVER_BUSY, _RETRY_MS)
         devices = {other.session.device_id for other in self.users.get(payload.user_id, ())}
         if payload.device_id not in devices and len(devices) >= self._devices_per_user:
@@ -265,6 +271,7 @@ class Hub:
         attachment = Attachment(session.user_id, session.device_id, session.connection, self.wall_ms())
         connection.attachment = attachment
         self._arrivals.leave(connection.remote)
+        self.opening.add(session.connection)
         before = self.users.get(session.user_id, ())
         self.users[session.user_id] = (*before, connection)
         self.broker.attach(attachment)
@@ -478,6 +485,7 @@ class Hub:
         session = target.session
         try:
             if isinstance(item, records.OpenAnswer):
+                self.opening.discard(item.connection)
                 target.react(lambda now, wall_ms: session.opened(item, now, wall_ms), now, wall_ms)
                 if target.transport is not None:
                     self.wheel.arm(target, session.deadline(now), now)

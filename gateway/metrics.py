@@ -94,7 +94,8 @@ class GatewayCollector(Collector):
         yield "watched_people", "people whose presence somebody here watches", len(self._hub.presence.people)
         yield "in_flight", "messages without an outcome", self._hub.in_flight
         yield "receipts_waiting", "receipts not yet handed over", self._broker.receipts.waiting
-        yield "backlog_entries", "greatest backlog of a shard, as of the last look", max(self._broker.backlog)
+        yield "backlog_entries", "entries no worker has settled", self._broker.workload.entries
+        yield "shard_backlog_entries", "greatest backlog of a shard", self._broker.workload.greatest
         yield "loop_late_seconds", "how late the last timer step began", self._timers.late_seconds
 
 

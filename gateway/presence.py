@@ -51,7 +51,7 @@ class Channels(Protocol):
 
 
 class _Watcher:
-    __slots__ = ("again_at", "asked_at", "connection", "outstanding", "patience", "people", "untold")
+    __slots__ = ("again_at", "asked_at", "connection", "outstanding", "patience", "people", "untold", "waits")
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
@@ -62,7 +62,9 @@ class _Watcher:
         self.asked_at = 0.0
         """When the oldest question without an answer was asked."""
         self.again_at = 0.0
-        """When to ask again; an entry of the heap with another time is void."""
+        """When to ask again."""
+        self.waits = False
+        """This watcher stands in the heap: once, however often it asks."""
         self.patience = ASK_AGAIN_SECONDS
         self.untold: dict[str, Outgoing | None] = {}
         """Of whom the client is to hear when its outbox has drained: a last word, or None: how they are then."""
@@ -181,8 +183,13 @@ class Presence:
             watcher.patience = ASK_AGAIN_SECONDS
         watcher.outstanding.update(user_ids)
         watcher.again_at = now + watcher.patience
-        heappush(self._ask_again, (watcher.again_at, session.connection))
+        self._queue(watcher)
         self._channels.ask(records.PresenceQuery(self._instance_id, session.connection, session.user_id, user_ids))
+
+    def _queue(self, watcher: _Watcher) -> None:
+        if not watcher.waits:
+            watcher.waits = True
+            heappush(self._ask_again, (watcher.again_at, watcher.connection.session.connection))
 
     def answered(self, answer: records.PresenceAnswer, now: float) -> None:
         """Tell this client how they are, and let go whom it may not watch."""
@@ -307,9 +314,13 @@ class Presence:
             else:
                 self._tell(user_id, person)
         while self._ask_again and self._ask_again[0][0] <= now:
-            again_at, number = heappop(self._ask_again)
-            watcher = self._watchers.get(number)
-            if watcher is not None and watcher.again_at == again_at:
+            watcher = self._watchers.get(heappop(self._ask_again)[1])
+            if watcher is None:
+                continue
+            watcher.waits = False
+            if watcher.again_at > now:
+                self._queue(watcher)  # it has asked anew since
+            elif watcher.outstanding:
                 watcher.patience = min(watcher.patience * 2, ASK_AGAIN_AT_MOST_SECONDS)
                 self._ask(watcher, list(watcher.outstanding), now)
         self._look_at_rights(now)

@@ -100,6 +100,7 @@ class Gateway:
             max_outstanding=settings.redis_outstanding,
             max_receipts=settings.receipts_waiting,
             high_water=settings.ingest_high_water,
+            max_backlog=settings.ingest_backlog,
             deadline_seconds=settings.redis_deadline_seconds,
             wall_ms=wall_ms,
         )
@@ -110,6 +111,7 @@ class Gateway:
             settings.limits,
             settings.devices_per_user,
             Arrivals(settings.connections_per_second, settings.unauthenticated_connections),
+            opening_sessions=settings.opening_sessions,
             clock=trio.current_time,
             wall_ms=wall_ms,
             pages=self._answer_page,

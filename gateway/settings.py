@@ -78,9 +78,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     receipts_waiting: Annotated[int, Meta(ge=100, le=10_000_000)] = 100_000
     """Receipts kept while Redis is away, about 20 MB; past it they are dropped, the reader's next one makes up for
     them."""
-    ingest_high_water: Annotated[int, Meta(ge=1)] = 20_000
-    """Entries of one shard no worker has settled: about 10 MB, some seconds of work; past it clients are told
-    `overloaded`."""
+    ingest_backlog: Annotated[int, Meta(ge=1)] = 20_000
+    """Entries of all shards that no worker has settled: 2 to 4 s of what two cores commit (5,000 to 10,000/s), so that
+    what is taken is acknowledged within 10 s and an overload is over within 5 s; past it clients are told
+    `overloaded`. More workers may want more."""
+    ingest_high_water: Annotated[int, Meta(ge=1)] = 10_000
+    """The same of one shard: half of all, so that one conversation or one worker that stands still does not shut the
+    others out."""
+    opening_sessions: Annotated[int, Meta(ge=1, le=1_000_000)] = 2000
+    """Clients with a good token that wait for a worker to say where they stand: some seconds of what one query role
+    answers, well within `open_timeout_seconds`; past it clients are told `server_busy`."""
     allowed_origins: str = ""
     """Comma-separated values of `Origin` that may connect, compared exactly; empty: any. Clients that are no browsers
     send none. A token is in the first frame and never in a cookie, so no page can use somebody else's."""

@@ -28,6 +28,9 @@ _CHANNELS_AT_ONCE: Final = 1000
 _QUIET_SECONDS: Final = 1.0
 """With nothing to change the wire is still asked for a sign of life so often."""
 _REFUSED_SECONDS: Final = 1.0
+ASKS_WAITING: Final = 10_000
+"""Questions of watchers that wait for their channels, some milliseconds long; past it one is dropped, and the watcher
+asks again by itself."""
 _USER: Final = keys.USER_CHANNEL_PREFIX.encode()
 _NOTIFICATION: Final = keys.NOTIFICATION_PREFIX.encode()
 _PRESENCE: Final = keys.PRESENCE_PREFIX.encode()
@@ -79,6 +82,11 @@ class Subscriptions:
         self._asks: list[records.PresenceQuery] = []
         self._everything = False
 
+    @property
+    def waiting(self) -> int:
+        """Changes and questions of the next turn."""
+        return len(self._users) + len(self._people) + len(self._asks)
+
     def user_changed(self, user_id: str) -> None:
         """This user's first connection came, or the last one went."""
         if self.wire.connected:
@@ -93,7 +101,7 @@ class Subscriptions:
 
     def ask_when_heard(self, query: records.PresenceQuery) -> None:
         """Ask once every change after the answer is sure to be heard. Lost with the wire: the gap is told."""
-        if self.wire.connected:
+        if self.wire.connected and len(self._asks) < ASKS_WAITING:
             self._asks.append(query)
             self._due.set()
 

@@ -187,15 +187,16 @@ class Broker:
             if not str(error).startswith("BUSYGROUP"):
                 raise
 
-    async def read_ingest(self, shards: Sequence[int], count: int, block_ms: int) -> list[StreamEntry]:
-        """New entries of these shards, at most `count` per shard, waiting up to `block_ms` for the first."""
+    async def read_ingest(self, shards: Sequence[int], count: int, block_ms: int | None) -> list[StreamEntry]:
+        """New entries of these shards, at most `count` per shard, waiting up to `block_ms` for the first; None: not at
+        all."""
         streams = [keys.ingest(shard) for shard in shards]
         with _passing_errors():
             # The client's own deadline: a blocking read must not hang when its connection dies silently.
-            with anyio.move_on_after(block_ms / 1000 + 2) as scope:
+            with anyio.move_on_after((block_ms or 0) / 1000 + 2) as scope:
                 reply = await self._execute(
-                    "XREADGROUP", "GROUP", keys.INGEST_GROUP, keys.INGEST_CONSUMER,
-                    "COUNT", count, "BLOCK", block_ms, "STREAMS", *streams, *[">"] * len(streams),
+                    "XREADGROUP", "GROUP", keys.INGEST_GROUP, keys.INGEST_CONSUMER, "COUNT", count,
+                    *(() if block_ms is None else ("BLOCK", block_ms)), "STREAMS", *streams, *[">"] * len(streams),
                 )  # fmt: skip
             if scope.cancelled_caught:
                 raise BrokerUnavailable("blocking read got no answer")

@@ -9,7 +9,7 @@ is whatever came during the one before.
 from __future__ import annotations
 
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from typing import TYPE_CHECKING, Final
 
 import anyio
@@ -19,13 +19,14 @@ import structlog
 from protocol import codec, records
 from protocol.models import DLQErrorType
 from workers import metrics
-from workers.broker import Broker, BrokerUnavailable, Delivered, Fence, GroupMissing, Settlement, StreamEntry
+from workers.broker import Broker, BrokerUnavailable, Delivered, Fence, GroupMissing, StreamEntry
 from workers.commit import Committer
 from workers.conversations import Conversations
 from workers.dead_letters import DeadLetters, error_type_of
 from workers.delivery import Courier, Down, Registry
 from workers.plan import Entry, Plan
 from workers.receipts import Receipts
+from workers.shard_log import ShardLog
 from workers.store.errors import StoreUnavailable
 from workers.store.marks import HeadMark
 from workers.store.messages import from_ms
@@ -52,7 +53,16 @@ READ_SPACING_SECONDS: Final = 0.008
 """Between the starts of two reads of a busy lane. An idle lane reads at once; a busy one gathers, because a read, a
 commit and a publish cost about 1.5 ms of CPU over all processes however few entries they carry."""
 QUEUE_BATCHES: Final = 4
-"""Entries read ahead of the writer, in batches; past it the stream keeps them."""
+"""Entries read ahead of the writer, in batches; past it the stream keeps them. With MongoDB away a lane holds so many,
+and the batch it cannot commit: 2,500 by default, 120 MB of messages of the greatest size."""
+BATCH_BYTES: Final = 2 * 1024 * 1024
+"""Content of one commit: 500 messages of 4 KiB. It bounds the insert and the record that goes to each gateway."""
+MARKS_WAITING: Final = 20_000
+"""Receipts read and not flushed, about 5 MB: more than come within two ticks; past it nothing is read until a flush
+succeeds."""
+KEYS_WAITING: Final = 50_000
+"""Idempotency keys whose write failed, about 20 MB; past it the oldest are dropped: the messages' own index answers for
+them."""
 FIRST_TICK_SECONDS: Final = 0.02
 TICK_SECONDS: Final = 0.1
 """Receipts gather for a tick: the first after a pause comes soon, the others within protocol.md's 100 ms."""
@@ -62,25 +72,6 @@ hold up a commit for 50 ms at 4,000 msg/s."""
 LONGEST_BACKOFF_SECONDS: Final = 2.0
 
 log = structlog.get_logger()
-
-
-class _ShardLog:
-    """What a lane has read of one shard: entries without an outcome, and those to acknowledge with the next publish."""
-
-    __slots__ = ("done", "outstanding")
-
-    def __init__(self) -> None:
-        self.outstanding: dict[bytes, None] = {}
-        self.done: list[bytes] = []
-
-    def holds(self, entry_id: bytes) -> bool:
-        """Has this entry not been acknowledged yet?"""
-        return entry_id in self.outstanding or entry_id in self.done
-
-    def settle(self, shard: int) -> Settlement:
-        """Acknowledge what is done; everything below the first entry without an outcome may be trimmed."""
-        done, self.done = self.done, []
-        return Settlement(shard, done, next(iter(self.outstanding), done[-1]))
 
 
 class Lane:
@@ -97,12 +88,15 @@ class Lane:
         interest: Interest,
         worker_id: str = "",
         trial: anyio.Lock | None = None,
+        conversations: int = 20_000,
     ) -> None:
-        """`trial`: shared by the lanes of a process, see `_try_alone`."""
+        """`batch`, `conversations`: see the settings. `trial`: shared by the lanes of a process, see `_try_alone`."""
         self._worker_id = worker_id
         self._store = store
         self._broker = broker
         self._batch = batch
+        self._most_conversations = conversations
+        self._read_ahead = QUEUE_BATCHES * max(batch, shards)
         self._conversations = Conversations(store.conversations)
         self._courier = Courier(registry)
         self._receipts = Receipts(self._conversations, store.messages, store.marks, self._courier, shards)
@@ -112,7 +106,7 @@ class Lane:
             store, self._conversations, self._receipts.recent, self._dead_letters, edit_seconds, interest
         )
         self._trial = trial or anyio.Lock()
-        self._logs: dict[int, _ShardLog] = {}
+        self._logs: dict[int, ShardLog] = {}
         self._new_shards: list[int] = []
         self._queue: deque[Entry] = deque()
         self._queued = anyio.Event()
@@ -120,12 +114,43 @@ class Lane:
         self._to_tell = anyio.Event()
         self._settled = anyio.Event()
         self._unflushed: list[tuple[int, bytes]] = []
+        self._marks = 0
+        """Receipts of the unflushed entries."""
+        self._committing: set[str] = set()
+        """Conversations of the batch that is being committed."""
         self._heads: dict[str, HeadMark] = {}
         self._keys: list[tuple[Key, str, datetime]] = []
         self._inbox: dict[str, list[str]] = defaultdict(list)
         self._heads_at = 0.0
         self._stop = anyio.Event()
         self._stopping = False
+
+    # --- what it holds, for the gauges -------------------------------------------------------------------------------
+
+    @property
+    def queued(self) -> int:
+        """Entries that wait for the writer."""
+        return len(self._queue)
+
+    @property
+    def marks_waiting(self) -> int:
+        """Receipts read and not flushed."""
+        return self._marks
+
+    @property
+    def keys_waiting(self) -> int:
+        """Idempotency keys to write."""
+        return len(self._keys)
+
+    @property
+    def conversations_held(self) -> int:
+        """Conversations in memory."""
+        return self._conversations.held
+
+    @property
+    def unsettled(self) -> int:
+        """Entries read and without an outcome."""
+        return sum(len(shard_log.outstanding) for shard_log in self._logs.values())
 
     def set_shards(self, shards: frozenset[int]) -> None:
         """The leases of this lane changed. What it had read of a lost shard is the next owner's."""
@@ -139,7 +164,7 @@ class Lane:
             self._dead_letters.forget_shards(shards)
             self._note_settled()
         for shard in shards - self._logs.keys():
-            self._logs[shard] = _ShardLog()
+            self._logs[shard] = ShardLog()
             self._new_shards.append(shard)
 
     async def run(self, stopping: anyio.Event) -> None:
@@ -179,7 +204,7 @@ class Lane:
                 if not self._logs:  # looked at behind the waits: a lease may have ended during them
                     await anyio.sleep(0.1)
                     continue
-                entries = await self._broker.read_ingest(sorted(self._logs), self._batch, BLOCK_MS)
+                entries = await self._read_new()
                 taken_at = anyio.current_time()
                 await self._take(entries, redelivered=False)
                 backoff = 0.05
@@ -262,8 +287,26 @@ class Lane:
                 down[instance].append(item)
             await self._publish_and_settle(down, {})
 
+    async def _read_new(self) -> list[StreamEntry]:
+        """New entries, no more than there is room for. Redis counts them per stream: each shard gets its share, and
+        those that used it up get what the others left."""
+        room, shards = self._room_left, sorted(self._logs)
+        share = max(1, min(self._batch, room // len(shards)))
+        entries = await self._broker.read_ingest(shards, share, BLOCK_MS)
+        room -= len(entries)
+        counts = Counter(entry.shard for entry in entries)
+        busy = [shard for shard, count in counts.items() if count == share < self._batch]
+        if busy and room >= len(busy):
+            entries += await self._broker.read_ingest(busy, min(self._batch, room // len(busy)), None)
+        return entries
+
+    @property
+    def _room_left(self) -> int:
+        return self._read_ahead - len(self._queue)
+
     async def _wait_for_room(self) -> None:
-        while len(self._queue) >= self._batch * QUEUE_BATCHES:
+        # A batch's worth, so that reads stay as great as commits are, and at least one entry of each shard.
+        while self._room_left < max(self._batch, len(self._logs)) or self._marks >= MARKS_WAITING:
             self._room = anyio.Event()
             await self._room.wait()
 
@@ -301,6 +344,7 @@ class Lane:
             if isinstance(record, records.Receipts):
                 self._receipts.receive(record)
                 self._unflushed.append((entry.shard, entry.entry_id))
+                self._marks += len(record.delivered) + len(record.read)
                 self._to_tell.set()
             elif isinstance(record, records.Typing):
                 self._typists.receive(record, entry.entry_id, _now_ms())
@@ -339,11 +383,13 @@ class Lane:
             down: Down = defaultdict(list)
             decided: dict[int, list[bytes]] = {}
             outgoing: list[Outgoing] = []
+            self._committing = {entry.conversation_id for entry in batch}
             for plan in await self._commit(batch):
                 await self._deliver(plan, down)
                 outgoing += plan.events
                 for entry in plan.unwritten:
                     decided.setdefault(entry.shard, []).append(entry.entry_id)
+            self._committing = set()
             for entry in batch:
                 self._done(entry.shard, entry.entry_id)
             await self._publish_and_settle(down, decided, outgoing)
@@ -358,7 +404,8 @@ class Lane:
         batch: list[Entry] = []
         held_back: list[Entry] = []
         room: dict[str, int] = defaultdict(lambda: max(1, self._batch // 2))
-        while self._queue and len(batch) < self._batch:
+        size = 0
+        while self._queue and len(batch) < self._batch and size < BATCH_BYTES:
             entry = self._queue.popleft()
             if room[entry.conversation_id] == 0:
                 held_back.append(entry)
@@ -367,6 +414,8 @@ class Lane:
             if _may_end_a_stay(entry.record):
                 room[entry.conversation_id] = 0
             batch.append(entry)
+            if type(entry.record) is records.SendMessage:
+                size += len(entry.record.content)
         self._queue.extendleft(reversed(held_back))
         return batch
 
@@ -484,6 +533,7 @@ class Lane:
             if force or anyio.current_time() - self._heads_at >= HEADS_SECONDS:
                 await self._flush_heads()
                 self._heads_at = anyio.current_time()
+                self._conversations.shrink(self._most_conversations, self._committing)
         except (StoreUnavailable, BrokerUnavailable) as error:
             log.warning("flush_waits", error=str(error)[:200])
             await anyio.sleep(0 if force else LONGEST_BACKOFF_SECONDS / 4)
@@ -491,6 +541,7 @@ class Lane:
     async def _settle_receipts(self) -> None:
         """Marks first, then their authors, then the acknowledgement of the entries that moved them."""
         entries, self._unflushed = self._unflushed, []
+        marks, self._marks = self._marks, 0
         down: Down = defaultdict(list)
         try:
             await self._typists.tell(down, _now_ms())
@@ -500,7 +551,9 @@ class Lane:
             await self._receipts.tell(down, _now_ms())
         except BaseException:
             self._unflushed = entries + self._unflushed
+            self._marks += marks
             raise
+        self._room.set()
         for shard, entry_id in entries:
             self._done(shard, entry_id)
         await self._publish_and_settle(down, {}, fence=fence)
@@ -528,7 +581,9 @@ class Lane:
         try:
             await self._store.messages.remember_keys(keys)
         except BaseException:
-            self._keys = keys + self._keys
+            waiting = keys + self._keys
+            self._keys = waiting[-KEYS_WAITING:]
+            metrics.KEYS_DROPPED.inc(len(waiting) - len(self._keys))
             raise
 
 

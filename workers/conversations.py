@@ -31,7 +31,7 @@ from workers.store.conversations import ConversationStore, Loaded, TailMessage, 
 from workers.store.marks import Mark
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Sequence
+    from collections.abc import Collection, Container, Iterable, Sequence
 
 INBOXED = 256
 """Messages remembered per member who is offline, to take them out of the inbox at their receipt (100 bytes each)."""
@@ -407,6 +407,21 @@ class Conversations:
         self._forgets += 1
         for name in conversation_ids:
             self._owned.pop(name, None)
+
+    def shrink(self, limit: int, busy: Container[str]) -> None:
+        """With more than `limit` here forget a quarter, those first that were quiet longest; none that are `busy` or
+        have marks to flush or tell."""
+        if len(self._owned) <= limit:
+            return
+        kept = {name for names in (self.dirty, self.lazy, self.replied) for name, _ in names}
+        idle = [owned for name, owned in self._owned.items() if name not in kept and name not in busy]
+        idle.sort(key=lambda owned: owned.created_ms)
+        self.forget([owned.conversation_id for owned in idle[: len(self._owned) - limit + limit // 4]])
+
+    @property
+    def held(self) -> int:
+        """Conversations in memory."""
+        return len(self._owned)
 
     def forget_shards(self, kept: frozenset[int]) -> None:
         """Another worker may own the rest now."""

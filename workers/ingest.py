@@ -37,7 +37,16 @@ async def run(settings: Settings, store: Store, broker: Broker, stopping: anyio.
     trial = anyio.Lock()
     lanes = [
         Lane(
-            store, broker, registry, settings.batch, settings.shards, settings.edit_seconds, interest, worker_id, trial
+            store,
+            broker,
+            registry,
+            settings.batch,
+            settings.shards,
+            settings.edit_seconds,
+            interest,
+            worker_id,
+            trial,
+            settings.conversations,
         )
         for _ in range(settings.lanes)
     ]

@@ -40,6 +40,7 @@ TYPING: Final = Counter("trireme_typing_total", "Typing signals by what became o
 """outcome: told, refused, dropped."""
 BURIED: Final = Counter("trireme_buried_instances_total", "Dead instances whose traces were removed here")
 DEAD_LETTERS: Final = Gauge("trireme_dead_letters", "Dead letters, as of the last look of a retry role", ["status"])
+KEYS_DROPPED: Final = Counter("trireme_idempotency_keys_dropped_total", "Keys not written while MongoDB refused them")
 SHARDS_HELD: Final = Gauge("trireme_shards_held", "Shards this process owns")
 
 EVENTS: Final = Counter("trireme_events_total", "Events by what became of them", ["outcome"])

@@ -66,6 +66,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Disjoint shard sets of one ingest role, so that one lane's journal wait never idles the others."""
     batch: Annotated[int, Meta(ge=1, le=5000)] = 500
     """Most stream entries per commit (design.md section 5: 500 documents per insert 25,900/s, 50 only 16,600/s)."""
+    conversations: Annotated[int, Meta(ge=100, le=10_000_000)] = 20_000
+    """Conversations that one lane remembers: a 1:1 takes 3 KB, a full group 110 KB; past it those that were quiet
+    longest are forgotten and read again when somebody speaks there."""
     queries: Annotated[int, Meta(ge=1, le=1024)] = 32
     """Reads for the gateways under way at once in one process; more wait in the stream, which is capped."""
     drain_seconds: Annotated[float, Meta(gt=0, le=300)] = 4.0

@@ -138,7 +138,11 @@ class House:
     """A hub between its two fakes, at `now` seconds; clients come in by `open`."""
 
     def __init__(
-        self, limits: Limits | None = None, devices_per_user: int = 8, arrivals: Arrivals | None = None
+        self,
+        limits: Limits | None = None,
+        devices_per_user: int = 8,
+        arrivals: Arrivals | None = None,
+        opening_sessions: int = 2000,
     ) -> None:
         self.now = 1000.0
         self.broker = FakeBroker()
@@ -149,6 +153,7 @@ class House:
             limits or Limits(),
             devices_per_user,
             arrivals or Arrivals(1_000_000, 1_000_000),
+            opening_sessions=opening_sessions,
             clock=lambda: self.now,
             wall_ms=lambda: int((WALL_SECONDS + self.now - 1000.0) * 1000),
             pages=lambda path: None,

@@ -75,6 +75,7 @@ def make_broker(address: Address, instance_id: str = "gw_1", **options: Any) -> 
         "max_outstanding": 10_000,
         "max_receipts": 1000,
         "high_water": 20_000,
+        "max_backlog": 40_000,
         "deadline_seconds": 2.0,
         "wall_ms": lambda: 5000,
     }
@@ -251,12 +252,30 @@ async def test_a_shard_past_its_high_water_mark_takes_no_message_and_the_others_
     broker = make_broker(address, high_water=3)
     await nursery.start(broker.run, receiver)
     assert [broker.publish(send(f"k{number}")) for number in range(3)] == [None] * 3
-    await eventually(lambda: broker.backlog[SHARD] == 3)
+    await eventually(lambda: broker.workload.backlog[SHARD] == 3)
     assert broker.publish(send("k4")) is ErrorCode.OVERLOADED
     elsewhere = msgspec.structs.replace(send("k5"), conversation_id="conv_2")
     assert broker.publish(elsewhere) is None
     await redis.call("XTRIM", keys.ingest(SHARD), "MAXLEN", 0)
     await eventually(lambda: broker.publish(send("k6")) is None)
+
+
+@pytest.mark.trio
+async def test_a_backlog_past_its_bound_refuses_every_shard_before_the_next_look_at_redis(
+    address: Address, redis: Wire, receiver: Recorder, nursery: trio.Nursery
+) -> None:
+    """What this gateway appends counts at once: a burst between two looks does not go past the bound."""
+    broker = make_broker(address, max_backlog=4)
+    await nursery.start(broker.run, receiver)
+    elsewhere = [msgspec.structs.replace(send(f"k{n}"), conversation_id=f"conv_{n}") for n in range(5)]
+    codes = [broker.publish(record) for record in elsewhere]
+    assert codes == [None] * 4 + [ErrorCode.OVERLOADED]
+    await eventually(lambda: broker.commands.outstanding == 0)
+    assert broker.workload.entries == sum(broker.workload.backlog) == 4
+    assert broker.publish(elsewhere[4]) is ErrorCode.OVERLOADED
+    for shard in range(64):
+        await redis.call("XTRIM", keys.ingest(shard), "MAXLEN", 0)
+    await eventually(lambda: broker.publish(elsewhere[4]) is None)
 
 
 @pytest.mark.trio

@@ -72,6 +72,25 @@ def test_before_redis_is_there_clients_are_told_to_come_back(house: House) -> No
     assert transport.closed is CloseCode.OVERLOADED
 
 
+def test_who_comes_while_too_many_wait_for_a_worker_is_told_to_come_back() -> None:
+    house = House(opening_sessions=2)
+    first, _ = house.connect()
+    for number, connection in enumerate((first, house.connect()[0])):
+        house.auth(connection, f"usr_{number}")
+    third, transport = house.connect()
+    house.auth(third, "usr_3")
+    assert transport.take() == [{"type": "auth_error", "error": "server_busy", "retry_after_ms": 1000}]
+    assert transport.closed is CloseCode.OVERLOADED
+    house.hub.route([records.OpenAnswer(first.session.connection, 0, [])])
+    again, transport = house.connect()
+    house.auth(again, "usr_3")
+    assert transport.closed is None
+    # Who is in already may show a fresh token, however many wait.
+    house.auth(first, "usr_0")
+    assert first.transport is not None
+    assert len(house.hub.opening) == 2
+
+
 def test_the_query_of_an_opening_that_is_lost_ends_it_with_server_busy(house: House) -> None:
     connection, transport = house.connect()
     house.auth(connection)

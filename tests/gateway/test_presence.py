@@ -111,6 +111,23 @@ def test_a_gateway_watches_a_bounded_number_of_people(house: House, monkeypatch:
     assert set(house.hub.watched) == {"usr_b", "usr_c"}
 
 
+def test_asking_again_and_again_keeps_one_place_in_the_queue_of_questions() -> None:
+    """A client that subscribed in a loop while workers were slow grew the gateway by an entry for each question."""
+    house = House(Limits(lookup_rate=1000))
+    connection, _ = house.open()
+    for number in range(100):
+        subscribe(house, connection, f"usr_{number % 3}")
+    assert len(house.hub.presence._ask_again) == 1
+    house.pass_time(10)
+    subscribe(house, connection, "usr_1")
+    house.pass_time(10)
+    assert presence_queries(house) == [], "asked 10 s ago"
+    house.pass_time(7)
+    (asked,) = presence_queries(house)
+    assert sorted(asked.user_ids) == ["usr_0", "usr_1", "usr_2"]
+    assert len(house.hub.presence._ask_again) == 1
+
+
 def test_a_question_without_an_answer_is_asked_again(house: House) -> None:
     connection, transport = house.open()
     (query,) = subscribe(house, connection, "usr_b", "usr_c")

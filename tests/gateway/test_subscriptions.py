@@ -176,6 +176,16 @@ async def test_after_a_gap_everything_is_heard_again_and_the_listener_knows(
     assert listening.asked == [], "kept by nobody while the wire is down: the listener asks for all it watches"
 
 
+async def test_questions_wait_in_bounded_number(listening: Listening, monkeypatch: pytest.MonkeyPatch) -> None:
+    await listening.settle()
+    monkeypatch.setattr("gateway.subscriptions.ASKS_WAITING", 3)
+    listening.asked.clear()
+    for number in range(4):
+        listening.channels.ask_when_heard(records.PresenceQuery("gw_1", number, "usr_a", ["usr_c"]))
+    assert listening.channels.waiting == 3
+    await eventually(lambda: [query.connection for query in listening.asked] == [0, 1, 2])
+
+
 async def test_a_silent_redis_is_given_up(proxy: Proxy, address: Address, nursery: trio.Nursery) -> None:
     listening = await listen(proxy.address, address, nursery)
     await listening.settle()

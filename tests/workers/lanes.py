@@ -268,11 +268,18 @@ class Yard:
 
 @asynccontextmanager
 async def run_lane(
-    yard: Yard, shards: frozenset[int] = frozenset(range(SHARDS)), edit_seconds: int = 3600
+    yard: Yard,
+    shards: frozenset[int] = frozenset(range(SHARDS)),
+    edit_seconds: int = 3600,
+    *,
+    batch: int = 500,
+    conversations: int = 20_000,
 ) -> AsyncIterator[Lane]:
     """A lane at work on these shards until the block ends, then stopped cleanly."""
     registry = Registry(yard.broker)
-    lane = Lane(yard.store, yard.broker, registry, 500, SHARDS, edit_seconds, yard.interest)
+    lane = Lane(
+        yard.store, yard.broker, registry, batch, SHARDS, edit_seconds, yard.interest, conversations=conversations
+    )
     stopping = anyio.Event()
     async with anyio.create_task_group() as group:
         group.start_soon(registry.run)
