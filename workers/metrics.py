@@ -56,6 +56,8 @@ REST_SECONDS: Final = Histogram(
     buckets=_READ_BUCKETS,
 )
 MEDIA_DELETED: Final = Counter("trireme_media_deleted_total", "Uploads removed by the sweep")
+REST_CONNECTIONS: Final = Gauge("trireme_rest_connections", "HTTP connections open now")
+REST_UNDER_WAY: Final = Gauge("trireme_rest_requests_under_way", "HTTP requests at work now")
 REST_WAITING: Final = Gauge("trireme_rest_commands_waiting", "HTTP requests waiting for a shard owner")
 
 

@@ -78,6 +78,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     message_retention_days: Annotated[int, Meta(ge=1, le=36500)] = 90
     rest_host: Annotated[str, Meta(min_length=1)] = "127.0.0.1"
     rest_port: Port = 8080
+    rest_connections: Annotated[int, Meta(ge=1, le=1_000_000)] = 2000
+    """HTTP connections at once, 64 KiB each before a request is let in; more are told `overloaded`."""
+    head_seconds: Annotated[float, Meta(gt=0, le=60)] = 5.0
+    """From an HTTP connection's beginning, or a request's, to the end of its head (reliability.md R4); then 408."""
+    body_seconds: Annotated[float, Meta(gt=0, le=120)] = 10.0
+    """From a request's head to the end of its body (reliability.md H-07); then 408."""
     rest_url: str = ""
     """Endpoint others reach this REST instance by; `http://host:port` when empty."""
     command_timeout_seconds: Annotated[float, Meta(gt=0, le=120)] = 10.0

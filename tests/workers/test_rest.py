@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import anyio
+import msgspec
 import pytest
 from joserfc import jwt
 from joserfc.jwk import OKPKey
@@ -391,11 +392,12 @@ async def test_no_foreign_origin_is_let_in(rest: Rest) -> None:
     assert "access-control-allow-origin" not in asked.headers
 
 
-async def test_a_body_that_never_ends_is_cut_off(
-    rest: Rest, settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(app, "BODY_SECONDS", 0.2)
-    async with await anyio.connect_tcp("127.0.0.1", settings.rest_port) as stream:
+async def test_a_body_that_never_ends_is_cut_off(settings: Settings, store: Store, broker: Broker) -> None:
+    hurried = msgspec.structs.replace(settings, body_seconds=0.2)
+    async with (
+        serving(hurried, store, broker, owner=False) as rest,
+        await anyio.connect_tcp("127.0.0.1", settings.rest_port) as stream,
+    ):
         await stream.send(
             f"POST /v1/users HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {rest.admin_token}\r\n"
             'Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"na'.encode()

@@ -8,6 +8,7 @@ handlers' part.
 from __future__ import annotations
 
 import hmac
+import ipaddress
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
@@ -74,6 +75,24 @@ def admin_guard(connection: Connection, _: BaseRouteHandler) -> None:
     if not _is_admin(_desk(connection), _bearer(connection)):
         raise _unauthorized()
     connection.scope["user"] = Caller(None)
+
+
+def metrics_guard(connection: Connection, _: BaseRouteHandler) -> None:
+    """A peer on this machine that speaks for nobody else, or the administrator. To others there is nothing here."""
+    host = "" if connection.client is None else connection.client.host
+    is_forwarded = any(name in connection.headers for name in ("forwarded", "x-forwarded-for", "x-real-ip"))
+    if is_forwarded or not _is_loopback(host):
+        try:
+            admin_guard(connection, _)
+        except RestError:
+            raise RestError(ErrorCode.NOT_FOUND, "Not Found") from None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 async def user_guard(connection: Connection, _: BaseRouteHandler) -> None:

@@ -7,21 +7,16 @@ from __future__ import annotations
 
 import secrets
 import socket
-import time
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import anyio
 import structlog
-import uvicorn
 from litestar import Litestar
 from litestar.datastructures import State
 from litestar.di import Provide
-from litestar.enums import ScopeType
 
 from protocol import codec, keys, records, specification
-from protocol.errors import ErrorCode
-from workers import metrics, orphans
+from workers import orphans
 from workers.codes import Codes
 from workers.instances import Instance
 from workers.objects import Objects
@@ -46,16 +41,14 @@ from workers.rest import (
 )
 from workers.rest.bodies import StrictRequest
 from workers.rest.desk import Desk, now_ms
-from workers.rest.errors import EXCEPTION_HANDLERS, RestError
+from workers.rest.edge import Edge
+from workers.rest.errors import EXCEPTION_HANDLERS
+from workers.rest.server import Server, open_server
 from workers.senders import open_sender
 from workers.settings import SettingError, Settings
 from workers.tokens import KeyUnfit, Tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from litestar.types import ASGIApp, Message, Receive, Scope, Send
-
     from workers.broker import Broker
     from workers.store import Store
 
@@ -120,13 +113,7 @@ ROUTES: Final = [
 ]
 
 MAX_BODY_BYTES: Final = 1024 * 1024
-BODY_SECONDS: Final = 10.0
-"""A body that takes longer is a slow attack (reliability.md H-07)."""
-_CONNECTIONS: Final = 2000
-"""Requests under way and idle connections; more get 503 from the server."""
-_METHODS: Final = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
-
-_HEADERS: Final = ((b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store"))
+"""A message of 48 KiB is up to 288 KiB of JSON, a list of names 64 KiB; read behind the guards only."""
 
 log = structlog.get_logger(__name__)
 
@@ -151,7 +138,8 @@ async def run(settings: Settings, store: Store, broker: Broker, stopping: anyio.
         group.start_soon(upkeep.run, desk, name="rest upkeep")
         if objects is not None:
             group.start_soon(orphans.run, store, objects, settings.media_orphan_seconds, name="media sweep")
-        server = _Server(_server_config(Edge(create_app(desk)), settings))
+        edge = Edge(create_app(desk), settings.body_seconds, behind_tls=endpoint.startswith("https:"))
+        server = open_server(edge, settings)
         group.start_soon(_stop_server, server, stopping, name="rest stop")
         log.info("rest_serving", endpoint=endpoint, instance=instance.instance_id)
         await server.serve(sockets=[listener])
@@ -176,47 +164,6 @@ def create_app(desk: Desk) -> Litestar:
     )
 
 
-class Edge:
-    """Around the application: the deadline of a request's body, headers of every answer, and the request metrics."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != ScopeType.HTTP:
-            await self._app(scope, receive, send)
-            return
-        method = scope["method"] if scope["method"] in _METHODS else "other"
-        started = time.perf_counter()
-        status = 500
-        body_deadline: float | None = anyio.current_time() + BODY_SECONDS
-
-        async def receive_in_time() -> Any:
-            nonlocal body_deadline
-            if body_deadline is None:
-                return await receive()
-            with anyio.CancelScope(deadline=body_deadline):
-                message = await receive()
-                if message["type"] != "http.request" or not message.get("more_body"):
-                    body_deadline = None
-                return message
-            raise RestError(ErrorCode.VALIDATION_FAILED, "the body took too long", 408)
-
-        async def send_counted(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                present = {name for name, _ in message["headers"]}
-                message["headers"] = [*message["headers"], *(pair for pair in _HEADERS if pair[0] not in present)]
-            await send(message)
-
-        try:
-            await self._app(scope, receive_in_time, send_counted)
-        finally:
-            metrics.REST_REQUESTS.labels(method, str(status)).inc()
-            metrics.REST_SECONDS.labels(method).observe(time.perf_counter() - started)
-
-
 def open_listener(host: str, port: int) -> socket.socket:
     """A bound TCP socket. Raises SettingError, one line."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -230,30 +177,6 @@ def open_listener(host: str, port: int) -> socket.socket:
     return listener
 
 
-class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers: `workers/__main__.py` has them."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-def _server_config(app: Any, settings: Settings) -> uvicorn.Config:
-    return uvicorn.Config(
-        app,
-        http="httptools",
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        limit_concurrency=_CONNECTIONS,
-        timeout_graceful_shutdown=max(1, int(settings.drain_seconds)),
-        proxy_headers=bool(settings.trusted_proxies),
-        forwarded_allow_ips=settings.trusted_proxies,
-    )
-
-
-async def _stop_server(server: uvicorn.Server, stopping: anyio.Event) -> None:
+async def _stop_server(server: Server, stopping: anyio.Event) -> None:
     await stopping.wait()
     server.should_exit = True

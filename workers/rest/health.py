@@ -1,4 +1,5 @@
-"""What an operator's tools ask: alive, ready, metrics. Open to whoever reaches the port; says nothing about anybody."""
+"""What an operator's tools ask: alive, ready, metrics. They say nothing about anybody; the metrics are for this
+machine, and for whoever has the administrator's token."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from litestar import Response, get
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from workers.broker import BrokerUnavailable
+from workers.rest.access import metrics_guard
 from workers.rest.desk import DeskDependency
 from workers.store.errors import StoreUnavailable
 
@@ -38,7 +40,7 @@ async def ready(desk: DeskDependency) -> Response[Health]:
     return Response(Health("ok"))
 
 
-@get("/metrics", media_type="text/plain", include_in_schema=False)
+@get("/metrics", media_type="text/plain", include_in_schema=False, guards=[metrics_guard])
 async def metrics() -> Response[bytes]:
     """The process' registry in Prometheus' text format."""
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
