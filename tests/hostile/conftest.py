@@ -26,6 +26,9 @@ SETTINGS: Final = {
     "TRIREME_AUTH_TIMEOUT_SECONDS": "2",
     "TRIREME_HEARTBEAT_SECONDS": "2",
     "TRIREME_DEAD_SECONDS": "4",
+    "TRIREME_BODY_SECONDS": "1",
+    "TRIREME_HEAD_SECONDS": "1.5",
+    "TRIREME_LOGINS_PER_ADDRESS": "10",
 }
 """Rates and sizes are protocol.md's. Deadlines are shorter, and the rows that wait for one check its default too."""
 

@@ -24,7 +24,11 @@ Email = Annotated[
     str, Meta(min_length=3, max_length=254, pattern=r"\A[^@\x00-\x20\x7f-\xa0]+@[^@\x00-\x20\x7f-\xa0]+\Z")
 ]
 Name = Annotated[str, Meta(min_length=1, max_length=128)]
-AvatarUrl = Annotated[str, Meta(min_length=1, max_length=2048)]
+AvatarUrl = Annotated[
+    str, Meta(max_length=2048, pattern=r"\Ahttps://([A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,63}(:[0-9]{1,5})?(/[!-~]*)?\Z")
+]
+"""A picture on the web: a name with a domain, never an address of some network, no user, no other scheme. The server
+never fetches it; clients do."""
 
 
 class NewUser(msgspec.Struct, frozen=True):
