@@ -147,11 +147,6 @@ class Lane:
         """Conversations in memory."""
         return self._conversations.held
 
-    @property
-    def unsettled(self) -> int:
-        """Entries read and without an outcome."""
-        return sum(len(shard_log.outstanding) for shard_log in self._logs.values())
-
     def set_shards(self, shards: frozenset[int]) -> None:
         """The leases of this lane changed. What it had read of a lost shard is the next owner's."""
         lost = self._logs.keys() - shards
