@@ -20,6 +20,7 @@ import msgspec
 import picows
 
 from bench import templates
+from bench.driver_history import ConnectionHistory, DriverHistory
 from bench.echo import EchoConnect, EchoLoad, EchoRun
 from bench.phases import Closed, Paced, Phase, PhaseCommand, Rounds, Settle
 from bench.tally import COUNTS, MARK_DIGITS, NO_MARK, Log, Reader, Violations, check_all
@@ -65,6 +66,8 @@ class Connect(msgspec.Struct, tag="connect", tag_field="do"):
     ack_after_seconds: float = 0.2
     receipts: bool = True
     """Every message must be receipted; False: receipts are only checked for going backwards."""
+    history: str = ""
+    """File for the auditor's events; "": none."""
     timeout_seconds: float = 60.0
 
 
@@ -120,6 +123,9 @@ class Connection(picows.WSListener):
         self._ack_after_seconds = command.ack_after_seconds
         self._unacked = 0
         self._newest_id = ""
+        self._newest = 0
+        self._content_bytes = command.content_bytes
+        self._history: ConnectionHistory | None = None
         self._timer: Any = None
         self._first_mark = reader.index * COUNTS
 
@@ -128,6 +134,14 @@ class Connection(picows.WSListener):
     def on_ws_connected(self, transport: picows.WSTransport) -> None:
         self.transport = transport
         member = self._member
+        if self._load.history is not None:
+            self._history = ConnectionHistory(
+                self._load.history,
+                member.user_id,
+                member.device_id,
+                self.reader.log.conversation_id,
+                member.receiver_id,
+            )
         payload = frames.AuthPayload(
             user_id=member.user_id,
             auth_token=member.token,
@@ -147,6 +161,8 @@ class Connection(picows.WSListener):
             self._load.typed += 1
             self._send(self._typing)
         mark = self._first_mark + self.reader.sends(intended)
+        if self._history is not None:
+            self._history.sent(mark, self._content_bytes)
         self.in_flight += 1
         self.transport.send(self._kind, self._message(b"%0*d" % (MARK_DIGITS, mark)))
 
@@ -164,6 +180,8 @@ class Connection(picows.WSListener):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if self._history is not None:
+            self._history.confirmed(self._newest_id, self._newest)
         self.transport.send(self._kind, self._delivery_ack(self._newest_id.encode()))
 
     # --- in ----------------------------------------------------------------------------------------------------------
@@ -177,7 +195,7 @@ class Connection(picows.WSListener):
         if isinstance(got, templates.Ack):
             self._on_ack(got)
         elif isinstance(got, templates.Messages):
-            self._on_messages(got.payload.messages)
+            self._on_messages(got.payload)
         elif isinstance(got, templates.Receipt):
             self._on_receipt(got.payload)
         else:
@@ -185,37 +203,48 @@ class Connection(picows.WSListener):
 
     def _on_ack(self, got: templates.Ack) -> None:
         payload = got.payload
+        if self._history is not None:
+            self._history.acked(int(got.client_message_id), payload)
         count = self.reader.ack(int(got.client_message_id), payload.sequence_number, payload.message_id)
         if count is not None:
             self.in_flight -= 1
             self._load.phase.acked(self, count)
 
-    def _on_messages(self, rows: list[templates.Row]) -> None:
+    def _on_messages(self, payload: templates.MessagesPayload) -> None:
         reader = self.reader
+        if self._history is not None:
+            self._history.pushed(payload, [_mark(row) for row in payload.messages])
         phase = self._load.phase
         phase.message_frames += 1
-        for row in rows:
-            mark = NO_MARK if row.sender_id == SYSTEM_SENDER else int(row.content[:MARK_DIGITS])
+        for row in payload.messages:
+            mark = _mark(row)
             if reader.saw(row.sequence_number, row.message_id, mark) and mark != NO_MARK:
                 member, count = divmod(mark, COUNTS)
                 if member == reader.index:
                     continue
                 phase.delivered(member, count)
                 self._unacked += 1
-                self._newest_id = row.message_id
+                self._newest_id, self._newest = row.message_id, row.sequence_number
                 if self._unacked >= self._ack_every:
                     self._acknowledge()
         if self._unacked and self._timer is None:
             self._timer = self._load.call_later(self._ack_after_seconds, self._acknowledge)
 
     def _on_receipt(self, payload: templates.ReceiptPayload) -> None:
+        if self._history is not None:
+            self._history.receipt(payload)
         covered = self.reader.receipt(payload.delivered_through, payload.read_through)
         if covered:
             self._load.phase.receipted(self, covered)
 
     def _on_rare(self, got: templates.LeanFrame) -> None:
         load = self._load
-        if isinstance(got, templates.SyncComplete):
+        if isinstance(got, templates.AuthSuccess):
+            if self._history is not None:
+                self._history.connected()
+        elif isinstance(got, templates.SyncComplete):
+            if self._history is not None:
+                self._history.synced()
             load.one_ready()
             self.ready.set()
         elif isinstance(got, templates.HeartbeatAck):
@@ -229,6 +258,9 @@ class Connection(picows.WSListener):
             load.violations.add("refused", f"member {self.reader.index} auth: {got.error}")
         elif isinstance(got, templates.Error):
             payload = got.payload
+            if self._history is not None:
+                mark = payload.client_message_id
+                self._history.refused(int(mark) if isinstance(mark, str) and mark else None, payload)
             load.violations.add("refused", f"member {self.reader.index}: {payload.code}: {payload.message}")
             load.phase.fail()
 
@@ -237,8 +269,14 @@ class Connection(picows.WSListener):
             self._timer.cancel()
         self.ready.set()
         if not self._load.closing:
+            if self._history is not None:
+                self._history.closed()
             self._load.violations.add("closed", f"member {self.reader.index} lost its connection")
             self._load.phase.fail()
+
+
+def _mark(row: templates.Row) -> int:
+    return NO_MARK if row.sender_id == SYSTEM_SENDER else int(row.content[:MARK_DIGITS])
 
 
 class Load:
@@ -247,6 +285,7 @@ class Load:
     def __init__(self, call_later: Callable[..., Any]) -> None:
         self.call_later = call_later
         self.run = secrets.token_hex(6)
+        self.history: DriverHistory | None = None
         self.violations = Violations()
         self.connections: list[Connection] = []
         self.closing = False
@@ -265,6 +304,8 @@ class Load:
     async def connect(self, command: Connect) -> dict[str, Any]:
         codec = FRAME_CODECS[command.subprotocol]
         self.receipts = command.receipts
+        if command.history and self.history is None:
+            self.history = DriverHistory(command.history, self.run)
         self._waiting = len(command.members)
         limiter = anyio.CapacityLimiter(CONNECTING_AT_ONCE)
         began = time.perf_counter()
@@ -322,6 +363,8 @@ class Load:
         return phase.result()
 
     def check(self) -> dict[str, Any]:
+        if self.history is not None:
+            self.history.end()
         if not self.violations.count:
             readers = [connection.reader for connection in self.connections]
             check_all(self._logs.values(), readers, self.violations, self.receipts)

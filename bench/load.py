@@ -10,12 +10,14 @@ from __future__ import annotations
 import argparse
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from bench import figures, social
 from bench.accounts import Community, SetupError, create_community
 from bench.driver import Ambient, Check, Connect, Member
 from bench.driver_process import DriverError, DriverProcess, open_driver
+from bench.history import audit
 from bench.phases import Closed, Paced
 from bench.services import ServicesError
 from bench.stack import Stack, StackError, attach, run_stack
@@ -59,6 +61,7 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
         "--ack", choices=MESSAGES_PER_ACK, default="coalesced", help="one delivery_ack per message or per 20"
     )
     parser.add_argument("--codec", choices=("json", "msgpack"), default="json")
+    parser.add_argument("--history", metavar="FILE", help="write what the connections saw there, and audit it all")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -74,6 +77,8 @@ def run_and_report(title: str, args: argparse.Namespace, load: Any) -> int:
     try:
         with open_stack(args.attach, args.gateways) as stack, open_driver() as driver:
             found = load(stack, driver)
+            if args.history:
+                found |= _audit(stack, args.history, found["verdict"])
     except (SetupError, DriverError, StackError, ServicesError) as error:
         print(f"bench {title}: {error}", file=sys.stderr)
         return 1
@@ -82,6 +87,16 @@ def run_and_report(title: str, args: argparse.Namespace, load: Any) -> int:
     if args.json:
         figures.write_json(args.json, found)
     return 0 if found["verdict"] == "ok" else 1
+
+
+def _audit(stack: Stack, file: str, verdict: str | list[str]) -> dict[str, Any]:
+    """What the auditor says of this load is shown, and becomes part of the verdict."""
+    status, told = audit(stack, [Path(file)])
+    print("\n".join(told))
+    if status == 0:
+        return {}
+    found = [] if isinstance(verdict, str) else verdict
+    return {"verdict": [*found, f"audit: exit status {status}: {told[0] if told else 'nothing said'}"]}
 
 
 @contextmanager
@@ -139,6 +154,7 @@ def connect_all(
         members=members,
         content_bytes=args.content_bytes,
         ack_every=MESSAGES_PER_ACK[args.ack],
+        history=args.history or "",
     )
     answer = driver.command(command, command.timeout_seconds)
     if answer["connected"] == len(members):

@@ -83,6 +83,9 @@ class Row(msgspec.Struct, gc=False):
 
 class MessagesPayload(msgspec.Struct, gc=False):
     messages: list[Row]
+    origin: str = "live"
+    from_sequence: int = 0
+    to_sequence: int = 0
 
 
 class Messages(_Lean, tag="messages", gc=False):
@@ -129,6 +132,7 @@ class Presence(_Lean, tag="presence", gc=False):
 class ErrorPayload(msgspec.Struct, gc=False):
     code: str
     message: str
+    retryable: bool = False
     client_message_id: str | UnsetType = UNSET
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import pymongo
 import pytest
 import trio
 
+from bench import load
+from bench.__main__ import parse as parse_bench
 from bench.history import audit
 from bench.pastimes import Shares
 from bench.replay import Replay
@@ -111,3 +114,19 @@ def test_what_is_altered_behind_its_back_is_named(ran: Ran, alter: Callable[[Any
     broken = next(line for line in told if line.startswith("VIOLATED"))
     assert named <= {word.rstrip(",") for word in broken.split()}, told
     assert ran.audit()[0] == 0
+
+
+def test_a_load_is_audited(ran: Ran, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lean driver's connections write a history too; one that says something else is not believed."""
+    monkeypatch.setattr(load, "open_stack", lambda *_: nullcontext(ran.stack))
+    history = tmp_path / "load.jsonl"
+    options = ["--pairs", "4", "--messages", "400", "--no-latency-run", "--history", str(history)]
+    assert load.main(parse_bench(["direct", *options])[1]) == 0
+    lines = history.read_bytes().splitlines(keepends=True)
+    assert sum(b'"event":"send"' in line for line in lines) == 400 + load.WARM_UP_MESSAGES
+    place = next(number for number, line in enumerate(lines) if b'"event":"ack"' in line)
+    lines[place] = lines[place].replace(b'"mid":"msg_', b'"mid":"msg_0')
+    history.write_bytes(b"".join(lines))
+    status, told = audit(ran.stack, [history])
+    assert status == 1
+    assert {"I1", "I2b"} <= {line.split(" ", 1)[0] for line in told}

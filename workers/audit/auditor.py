@@ -139,6 +139,12 @@ class Auditor:
         if not timeline.has_moves:
             told["I15"] = "the history has no drain"
             self.judged.discard("I15")
+        if not timeline.has_revocations:
+            told["I18"] = "the history has no revocation"
+            self.judged.discard("I18")
+        if not self.findings.counts["retransmits"]:
+            told["I11"] = "the history has no retransmit"
+            self.judged.discard("I11")
         if not timeline.has_presence and "I19" not in self.judged:
             told["I19"] = "the history has no presence, and no worker lives"
         if timeline.has_presence:

@@ -60,6 +60,7 @@ class Timeline:
         """Its last event says that the clients had listened to the end, with nothing left to say."""
         self.unread: list[history.Unread] = []
         self.samples: list[history.Sample] = []
+        self.has_revocations = False
         self._tickets: dict[str, list[float]] = {}
         self._moves: list[history.Migrate] = []
         self._presence: dict[tuple[str, str, int, str], list[history.Presence]] = {}
@@ -81,8 +82,10 @@ class Timeline:
                 self._on_synced(event)
             case history.Sync():
                 self.device(event.user, event.dev).syncs.append(event.t)
-            case history.Revoked(conv=""):
-                self._on_revoked(event)
+            case history.Revoked():
+                self.has_revocations = True
+                if not event.conv:
+                    self._on_revoked(event)
             case history.Migrate():
                 self._moves.append(event)
             case history.Presence():

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 Document = dict[str, Any]
 
 _KEYS_AT_ONCE: Final = 1000
+_ENTRIES_AT_ONCE: Final = 2000
+"""By itself a batch grows to 16 MiB, which is 100 MiB once it is decoded."""
 _decode: Callable[[Any, Any], list[Document]] = bson.decode_all
 """A batch as the driver's raw cursor gives it, which its types do not know."""
 _LOG_ORDER: Final = {"conversation_id": 1, "sequence_number": 1}
@@ -75,7 +77,12 @@ class Moment:
         wanted = {"conversation_id": {"$in": [*conversation_ids]}}
         # Whole batches in one go: decoding them one by one through the driver costs twice as much.
         cursor = self._db["messages"].find_raw_batches(
-            wanted, dict.fromkeys(fields, 1), sort=[*_LOG_ORDER.items()], session=self._session, allow_disk_use=True
+            wanted,
+            dict.fromkeys(fields, 1),
+            sort=[*_LOG_ORDER.items()],
+            session=self._session,
+            batch_size=_ENTRIES_AT_ONCE,
+            allow_disk_use=True,
         )
         if self._has_index:
             cursor = cursor.hint(SEQUENCE_INDEX)
