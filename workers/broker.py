@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from protocol.events import Outgoing
 
 LUA = Path(__file__).parent / "lua"
+_CLOSED_TRANSPORT = "the handler is closed"
+"""How uvloop says that a connection ended between two writes of redis-py, which passes it on as it is."""
 DOWN_LIMIT = 100_000
 """Most entries a down stream keeps when its instance has stopped reading but not yet lost its lease (10 s)."""
 QUERY_LIMIT = 10_000
@@ -110,6 +112,10 @@ def _passing_errors() -> Iterator[None]:
     """Name Redis' passing failures: unreachable, out of memory, busy, loading, failing over."""
     try:
         yield
+    except RuntimeError as error:
+        if _CLOSED_TRANSPORT not in str(error):
+            raise
+        raise BrokerUnavailable(str(error)[:200]) from error
     except redis.exceptions.ResponseError as error:
         text = str(error)
         if text.startswith("NOGROUP") or "requires the key to exist" in text:
