@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 
     from protocol.events import Outgoing
+    from workers.fence import Fence
 
 LUA = Path(__file__).parent / "lua"
 _CLOSED_TRANSPORT = "the handler is closed"
@@ -78,13 +79,6 @@ class Settlement(NamedTuple):
     shard: int
     entry_ids: list[bytes]
     floor: bytes
-
-
-class Fence(NamedTuple):
-    """Whose word is told, and of which shards: where somebody else holds the lease of one by then, nothing is."""
-
-    worker_id: str
-    shards: list[int]
 
 
 @asynccontextmanager
@@ -265,7 +259,7 @@ class Broker:
                 for shard, entry_ids in decided.items():
                     pipe.execute_command("XACK", keys.ingest(shard), keys.INGEST_GROUP, *entry_ids)
                 if fence is not None and down:
-                    stream_keys, argv = _tell_arguments(fence, down)
+                    stream_keys, argv = fence.arguments(down, DOWN_LIMIT)
                     await self._tell(keys=stream_keys, args=argv, client=pipe)
                 else:
                     for instance_id, items in down.items():
@@ -581,12 +575,6 @@ def _unusual_entry(shard: int, entry_id: bytes, fields: list[bytes] | None) -> S
 
 def _down_command(instance_id: str, payload: bytes) -> tuple[Any, ...]:
     return ("XADD", keys.down(instance_id), "NOMKSTREAM", "MAXLEN", "~", DOWN_LIMIT, "*", keys.FIELD, payload)
-
-
-def _tell_arguments(fence: Fence, down: Mapping[str, list[records.DownItem]]) -> tuple[list[str], list[Any]]:
-    leases = [keys.lease(shard) for shard in fence.shards]
-    argv = [fence.worker_id, len(leases), DOWN_LIMIT, keys.FIELD, *map(codec.encode_down, down.values())]
-    return leases + [keys.down(instance_id) for instance_id in down], argv
 
 
 def _event_command(item: Outgoing) -> tuple[Any, ...]:

@@ -24,6 +24,7 @@ from workers.commit import Committer
 from workers.conversations import Conversations
 from workers.dead_letters import DeadLetters, error_type_of
 from workers.delivery import Courier, Down, Registry
+from workers.fence import Fence
 from workers.plan import Entry, Plan
 from workers.receipts import Receipts
 from workers.shard_log import ShardLog
