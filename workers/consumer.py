@@ -19,7 +19,7 @@ import structlog
 from protocol import codec, records
 from protocol.models import DLQErrorType
 from workers import metrics
-from workers.broker import Broker, BrokerUnavailable, Delivered, Fence, GroupMissing, StreamEntry
+from workers.broker import Broker, BrokerUnavailable, Delivered, GroupMissing, StreamEntry
 from workers.commit import Committer
 from workers.conversations import Conversations
 from workers.dead_letters import DeadLetters, error_type_of
