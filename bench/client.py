@@ -8,6 +8,7 @@ folds the digest chain to prove to itself that its log is the server's.
 from __future__ import annotations
 
 from enum import Enum
+from hashlib import blake2b
 from typing import TypedDict
 
 import msgspec
@@ -79,8 +80,8 @@ class Client:
         self._holes: set[str] = set()
         self._resumed: dict[str, int] = {}
         self._opened_at = 0.0
-        self._next: tuple[float, dict[str, int]] = (0.0, {})
-        """When the second WebSocket was opened, and what was held then."""
+        self._next: tuple[float, dict[str, int], str] = (0.0, {}, "")
+        """When the second WebSocket was opened, what was held then, and with which ticket."""
         self._heard_on = 0
         """The connection a late frame came on; 0 while none is looked at."""
         self._beat_seconds = float("inf")
@@ -118,16 +119,18 @@ class Client:
 
         Nothing changes on the first one until `migrated`.
         """
-        self._next = (now, self._held())
+        ticket = blake2b(session_token.encode(), digest_size=16).hexdigest()
+        self._next = (now, self._held(), ticket)
+        self._record(journal.Moving(ticket=ticket, **self._stamp(now)))
         return [self._auth(session_token, self._next[1])]
 
     def migrated(self, success: frames.AuthSuccess, now: float) -> list[frames.ClientFrame]:
         """The second WebSocket is in: from now on everything is said there, and what has no answer is said again."""
         self.connection += 1
-        self._opened_at, self._resumed = self._next
+        self._opened_at, self._resumed, ticket = self._next
         self.state = State.OPENING
         self._start_over(now)
-        return self._on_auth_success(success, now, migrated=True)
+        return self._on_auth_success(success, now, ticket)
 
     def _start_over(self, now: float) -> None:
         """What was asked on the connection before will not be answered on this one, and what was said last may not have
@@ -285,9 +288,7 @@ class Client:
         finally:
             self._heard_on = 0
 
-    def _on_auth_success(
-        self, success: frames.AuthSuccess, now: float, *, migrated: bool = False
-    ) -> list[frames.ClientFrame]:
+    def _on_auth_success(self, success: frames.AuthSuccess, now: float, ticket: str = "") -> list[frames.ClientFrame]:
         if self.state is State.LIVE:
             return []
         self.state = State.LIVE
@@ -298,7 +299,8 @@ class Client:
             journal.Connected(
                 resumed=self._resumed,
                 opened_at=self._opened_at,
-                migrated=migrated,
+                migrated=ticket != "",
+                ticket=ticket,
                 unread=success.payload.unread_count,
                 **self._stamp(now),
             )

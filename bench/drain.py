@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -16,6 +17,7 @@ import trio
 
 from bench import figures, journal
 from bench.accounts import Community, SetupError, create_community
+from bench.history import WritingLedger, audit
 from bench.ledger import Ledger
 from bench.phone import Phone, PhoneError
 from bench.services import ServicesError
@@ -54,6 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--drain-seconds", type=float, default=4.0, help="TRIREME_DRAIN_SECONDS of the gateways")
     parser.add_argument("--seed", type=int, default=1, help="of who connects where")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
+    parser.add_argument(
+        "--history", type=Path, metavar="FILE", help="write what the phones saw there, and audit it all"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -66,13 +71,18 @@ def main(args: argparse.Namespace) -> int:
         with run_stack(gateways=args.gateways, transport=TRANSPORTS[args.transport], settings=settings) as stack:
             sizes = [2] * (args.phones // 2)
             community = create_community(stack.rest_url, stack.admin_token, ConversationType.ONE_TO_ONE, sizes)
-            run = Run(stack, community, args.rate, args.drain_seconds, args.seed)
+            ledger = WritingLedger(args.history) if args.history else Ledger()
+            run = Run(stack, community, args.rate, args.drain_seconds, args.seed, ledger)
             trio.run(run.run)
+            if args.history:
+                run.audit(args.history)
     except (SetupError, StackError, ServicesError) as error:
         sys.stderr.write(f"bench drain: {error}\n")
         return 2
     report = run.report()
-    report |= {"settings": {name: value for name, value in vars(args).items() if name not in ("command", "json")}}
+    report |= {
+        "settings": {name: value for name, value in vars(args).items() if name not in ("command", "json", "history")}
+    }
     report |= {"machine": figures.machine(), "load_average": os.getloadavg()[0], "commit": figures.commit()}
     print("\n".join(plot(report["curve"])))
     figures.print_table("bench drain", {name: value for name, value in report.items() if name != "curve"})
@@ -100,8 +110,8 @@ class Drain(msgspec.Struct):
 class Watch:
     """Takes every event of every phone: the ledger's, and when each phone was without a connection."""
 
-    def __init__(self) -> None:
-        self.ledger = Ledger()
+    def __init__(self, ledger: Ledger | None = None) -> None:
+        self.ledger = ledger or Ledger()
         self.longest_gap: dict[str, float] = {}
         self.ack_latency = figures.Latencies()
         self.drain: Drain | None = None
@@ -138,13 +148,17 @@ class Watch:
         self._is_over = True
         for user_id in list(self._away_since):
             self._end_gap(user_id, now)
+        if isinstance(self.ledger, WritingLedger):
+            self.ledger.end(now)
 
 
 class Run:
     """`run` drains every gateway of the stack in turn; `report` tells."""
 
-    def __init__(self, stack: Stack, community: Community, rate: float, drain_seconds: float, seed: int) -> None:
-        self.watch = Watch()
+    def __init__(
+        self, stack: Stack, community: Community, rate: float, drain_seconds: float, seed: int, ledger: Ledger
+    ) -> None:
+        self.watch = Watch(ledger)
         self.drains: list[Drain] = []
         self._stack = stack
         self._drain_seconds = drain_seconds
@@ -200,6 +214,13 @@ class Run:
             self.watch.close(trio.current_time())
             nursery.cancel_scope.cancel()
 
+    def audit(self, history: Path) -> None:
+        """What the auditor finds becomes part of the verdict; what it says is shown."""
+        status, told = audit(self._stack, [history])
+        print("\n".join(told))
+        if status:
+            self._failures.append(f"audit: exit status {status}: {told[0] if told else 'nothing said'}")
+
     async def _talk(self, conversation_id: str, phone: Phone) -> None:
         """Say something at a steady pace, connected or not."""
         due = trio.current_time() + self._random.uniform(0.0, self._period)
@@ -229,6 +250,8 @@ class Run:
         successor = start_again(self._stack, process)
         await trio.to_thread.run_sync(wait_ready, [successor])
         drain.ready_seconds = trio.current_time() - drain.began
+        if isinstance(self.watch.ledger, WritingLedger):
+            self.watch.ledger.fault(f"{process.name} drained", drain.began, trio.current_time())
 
     def _is_settled(self) -> bool:
         ledger = self.watch.ledger

@@ -61,6 +61,11 @@ class WritingLedger(Ledger):
             self._history.record(event)
         super().record(event)
 
+    def fault(self, what: str, since: float, until: float) -> None:
+        """Something was broken on purpose."""
+        if self._history is not None:
+            self._history.write(history.Fault(t=until, what=what, since=since, until=until))
+
     def end(self, at: float) -> None:
         """All clients have listened until now, and have nothing left to say: how they hang up is no part of it."""
         if self._history is not None:
@@ -178,6 +183,7 @@ _WRITERS: Final[dict[type, Callable[[Any], history.AnyEvent]]] = {
     ),
     journal.Rewound: lambda event: history.Sync(**_stamp(event)),
     journal.Synced: lambda event: history.Synced(**_stamp(event)),
-    journal.Connected: lambda event: history.Connect(opened=event.opened_at, **_stamp(event)),
+    journal.Connected: lambda event: history.Connect(opened=event.opened_at, ticket=event.ticket, **_stamp(event)),
+    journal.Moving: lambda event: history.Migrate(ticket=event.ticket, **_stamp(event)),
     journal.Closed: lambda event: history.Close(code=event.code, **_stamp(event)),
 }

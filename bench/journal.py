@@ -32,8 +32,16 @@ class Connected(Event, frozen=True, gc=False, kw_only=True):
     opened_at: float = 0.0
     migrated: bool = False
     """By a session token, while the connection before was still there; its end is no event."""
+    ticket: str = ""
+    """A hash of that token."""
     unread: int | None = None
     """What `auth_success` counted."""
+
+
+class Moving(Event, frozen=True, gc=False, kw_only=True):
+    """The server asked this device to go elsewhere, and it is about to; `ticket`: a hash of the session token."""
+
+    ticket: str
 
 
 class Closed(Event, frozen=True, gc=False, kw_only=True):

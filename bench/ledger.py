@@ -57,6 +57,7 @@ class Ledger:
             journal.Receipt: self._on_receipt,
             journal.Connected: self._on_connected,
             journal.Closed: self._on_closed,
+            journal.Moving: self._on_moving,
             journal.Asked: self._on_asked,
             journal.Rewound: self._on_rewound,
             journal.Synced: self._on_synced,
@@ -336,6 +337,9 @@ class Ledger:
         self._rewinds.pop((event.user_id, event.device_id), None)
         self._connected.get(event.user_id, set()).discard(event.device_id)
         self._note_break(event)
+
+    def _on_moving(self, event: journal.Moving) -> None:
+        self.counts["moving"] += 1
 
     def _note_break(self, event: journal.Closed | journal.Connected) -> None:
         """A connection ended: what was on its way to it may be lost."""
