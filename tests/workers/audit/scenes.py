@@ -18,7 +18,8 @@ from workers.audit.snapshot import Document, Queues, Setting, ShardQueue, Snapsh
 if TYPE_CHECKING:
     from workers.audit.history import AnyEvent
 
-START = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
+START = datetime.now(UTC).replace(microsecond=0) - timedelta(minutes=10)
+"""Recent: in a real database the TTL indexes are at work."""
 GROUP = "conv_group"
 PAIR = "conv_pair"
 ANN, BEN, CID = "usr_ann", "usr_ben", "usr_cid"
