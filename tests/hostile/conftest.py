@@ -42,11 +42,11 @@ def house() -> Iterator[House]:
 def pytest_terminal_summary(terminalreporter: TerminalReporter) -> None:
     """The report of the matrix: every row with -v, those that were not as wanted always."""
     verdicts = [
-        value
+        Verdict(**value)
         for reports in terminalreporter.stats.values()
         for report in reports
         for name, value in getattr(report, "user_properties", ())
-        if name == "hostile" and isinstance(value, Verdict) and report.when == "call"
+        if name == "hostile" and isinstance(value, dict) and report.when == "call"
     ]
     if not verdicts:
         return

@@ -92,7 +92,7 @@ async def judge(row: Row, house: House, transport: str, record: Callable[[str, o
         except* FAILURES as failures:
             got = failures
     verdict = Verdict(row.id, row.sent, transport, repr(got), repr(row.wanted), row.because)
-    record("hostile", verdict)
+    record("hostile", msgspec.structs.asdict(verdict))  # plain: it may come from another process
     assert verdict.is_good, f"{row.id} {row.sent} ({transport}): got {verdict.got}, wanted {verdict.wanted}"
     assert not scene.indiscretions, f"{row.id} {row.sent}: the answer tells too much: {scene.indiscretions}"
     dead = [name for name in house.pids if not house.is_alive(name)]
