@@ -1,4 +1,4 @@
-"""The door of the workers: `python -m workers <role>…` (or `keygen`, `audit`): settings, logs, signals, one task group.
+"""The door of the workers: `python -m workers <role>…` or a command; settings, logs, signals, one task group of roles.
 
 Each process opens one store and one broker and shares them between its roles. A role is a module with
 `async def run(settings, store, broker, stopping)`; it returns soon after `stopping` is set, having finished what it
@@ -15,7 +15,7 @@ import os
 import random
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any, Final, TypeVar
 
@@ -28,7 +28,6 @@ from workers.broker import Broker, BrokerUnavailable, open_broker
 from workers.settings import SettingError, Settings, load_settings
 from workers.store import Store, StoreUnfit, open_store
 from workers.store.errors import StoreUnavailable
-from workers.tokens import new_key
 
 Role = Callable[[Settings, Store, Broker, anyio.Event], Coroutine[Any, Any, None]]
 
@@ -41,10 +40,12 @@ ROLES: Final = {
 }
 """Role → module. Imported only where the role is carried: the HTTP stack alone costs a second of start-up."""
 
-KEYGEN: Final = "keygen"
-"""In place of a role: print a private JWK for `TRIREME_JWT_PRIVATE_KEY`, and its public half for the gateways."""
-AUDIT: Final = "audit"
-"""In place of a role: check every invariant of what is stored (`workers/audit/command.py`)."""
+COMMANDS: Final = {
+    "audit": "workers.audit.command",
+    "dlq": "workers.dlq",
+    "keygen": "workers.keygen",
+}
+"""In place of a role: command → module with `main(arguments, environ) -> exit status`. Imported only when asked for."""
 _FIRST_RETRY_SECONDS: Final = 0.1
 _LONGEST_RETRY_SECONDS: Final = 5.0
 _SAY_AGAIN_SECONDS: Final = 30.0
@@ -159,14 +160,11 @@ async def _run_process(settings: Settings, names: Sequence[str]) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the named roles until a signal, or print a fresh key, or audit. Returns the exit status."""
-    if list(arguments) == [KEYGEN]:
-        for jwk in new_key():
-            print(jwk)  # noqa: T201 - what was asked for
-        return 0
-    if list(arguments[:1]) == [AUDIT]:
-        audited: int = importlib.import_module("workers.audit.command").main(arguments[1:], os.environ)
-        return audited
+    """Run the named roles until a signal, or a command. Returns the exit status."""
+    if arguments and arguments[0] in COMMANDS:
+        command: Callable[[Sequence[str], Mapping[str, str]], int]
+        command = importlib.import_module(COMMANDS[arguments[0]]).main
+        return command(arguments[1:], os.environ)
     try:
         names = parse_roles(arguments)
         settings = load_settings(os.environ, names)

@@ -12,6 +12,7 @@ import pytest
 from protocol import codec, keys, records
 from protocol.models import ConversationType, DLQErrorType, DLQStatus
 from tests.workers.lanes import SHARDS, crashing_lane, eventually, lose_its_lease, run_lane, settled
+from tests.workers.letters import POISON, letters, postpone, refusing
 from workers import replay, retry
 from workers.broker import BrokerUnavailable
 from workers.dead_letters import dead_letter_id, retry_at
@@ -30,16 +31,6 @@ FAR = timedelta(days=1)
 
 
 @asynccontextmanager
-async def refusing(yard: Yard, content: str = "poison") -> AsyncIterator[None]:
-    """MongoDB refuses documents with this content, for their own reason: a validator."""
-    await yard.store.db.command("collMod", "messages", validator={"content": {"$ne": content}})
-    try:
-        yield
-    finally:
-        await yard.store.db.command("collMod", "messages", validator={})
-
-
-@asynccontextmanager
 async def retrying(yard: Yard, settings: Settings) -> AsyncIterator[None]:
     """The role that tries letters again."""
     stopping = anyio.Event()
@@ -53,29 +44,20 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
-async def letters(yard: Yard) -> list[dict[str, Any]]:
-    return await yard.store.db["dead_letter_queue"].find().sort("created_at", 1).to_list()
-
-
 async def letter(yard: Yard) -> dict[str, Any]:
-    (found,) = await letters(yard)
+    (found,) = await letters(yard.store)
     return found
 
 
 async def has_status(yard: Yard, status: DLQStatus) -> bool:
-    return [found["status"] for found in await letters(yard)] == [status.value]
-
-
-async def postpone(yard: Yard) -> None:
-    """Nobody tries the letters again by themselves."""
-    await yard.store.db["dead_letter_queue"].update_many({}, {"$set": {"next_retry_at": now() + FAR}})
+    return [found["status"] for found in await letters(yard.store)] == [status.value]
 
 
 async def test_a_message_that_the_store_refuses_is_queued_and_the_others_are_committed(yard: Yard) -> None:
-    async with run_lane(yard), refusing(yard):
+    async with run_lane(yard), refusing(yard.store):
         conv = await yard.create("ann", "bob")
         for number in range(5):
-            await yard.send(conv, "ann", f"k{number}", "poison" if number == 2 else "fine")
+            await yard.send(conv, "ann", f"k{number}", POISON if number == 2 else "fine")
         answers = {answer["client_message_id"]: answer for answer in await all_answers(yard, 5)}
         await eventually(lambda: settled(yard))
     assert sorted(a["payload"]["sequence_number"] for a in answers.values() if a["type"] == "message_ack") == [
@@ -90,7 +72,7 @@ async def test_a_message_that_the_store_refuses_is_queued_and_the_others_are_com
     found = await letter(yard)
     assert found["_id"] == dead_letter_id(conv, "ann", "k2")
     assert (found["status"], found["error_type"], found["retry_count"]) == ("pending", "storage_failed", 0)
-    assert found["message"]["content"] == "poison"
+    assert found["message"]["content"] == POISON
     assert found["message"]["sequence_number"] == 0
     assert timedelta(days=6) < found["expires_at"] - found["created_at"] <= timedelta(days=7)
     assert timedelta(milliseconds=79) < found["next_retry_at"] - found["created_at"] < timedelta(milliseconds=121)
@@ -107,11 +89,11 @@ async def all_answers(yard: Yard, count: int) -> list[dict[str, Any]]:
 async def test_a_retry_of_what_is_queued_is_not_committed_behind_the_letter(yard: Yard) -> None:
     async with run_lane(yard):
         conv = await yard.create("ann", "bob")
-        async with refusing(yard):
-            await yard.send(conv, "ann", "k1", "poison")
+        async with refusing(yard.store):
+            await yard.send(conv, "ann", "k1", POISON)
             await yard.acks(1)
-        await postpone(yard)
-        await yard.send(conv, "ann", "k1", "poison")
+        await postpone(yard.store)
+        await yard.send(conv, "ann", "k1", POISON)
         await yard.send(conv, "ann", "k2", "fine")
         first, second = await yard.acks(2)
     assert {first["payload"].get("code"), second["payload"].get("code")} == {"queued_for_retry", None}
@@ -119,13 +101,13 @@ async def test_a_retry_of_what_is_queued_is_not_committed_behind_the_letter(yard
 
 
 async def test_the_next_owner_knows_the_letters_of_its_shards(yard: Yard) -> None:
-    async with run_lane(yard), refusing(yard):
+    async with run_lane(yard), refusing(yard.store):
         conv = await yard.create("ann", "bob")
-        await yard.send(conv, "ann", "k1", "poison")
+        await yard.send(conv, "ann", "k1", POISON)
         await yard.acks(1)
-    await postpone(yard)
+    await postpone(yard.store)
     async with run_lane(yard):
-        await yard.send(conv, "ann", "k1", "poison")
+        await yard.send(conv, "ann", "k1", POISON)
         (answer,) = await yard.acks(1)
     assert answer["payload"]["code"] == "queued_for_retry"
     assert await yard.log(conv) == []
@@ -137,8 +119,8 @@ async def test_a_letter_that_time_mends_takes_the_next_number_and_its_sender_get
     await yard.connect("ann", "bob")
     async with run_lane(yard):
         conv = await yard.create("ann", "bob")
-        async with refusing(yard):
-            await yard.send(conv, "ann", "k1", "poison")
+        async with refusing(yard.store):
+            await yard.send(conv, "ann", "k1", POISON)
             await yard.send(conv, "ann", "k2", "fine")
             await yard.acks(2)
         await yard.next_down(records.Delivery, 1)
@@ -146,7 +128,7 @@ async def test_a_letter_that_time_mends_takes_the_next_number_and_its_sender_get
             (ack,) = await yard.acks(1)
             (delivery,) = await yard.next_down(records.Delivery, 1)
             await eventually(lambda: has_status(yard, DLQStatus.RESOLVED))
-        await yard.send(conv, "ann", "k1", "poison")
+        await yard.send(conv, "ann", "k1", POISON)
         (again,) = await yard.acks(1)
     assert (ack["type"], ack["client_message_id"], ack["payload"]["sequence_number"]) == ("message_ack", "c-k1", 2)
     assert (delivery.from_sequence, delivery.users) == (2, ["ann", "bob"])
@@ -158,14 +140,14 @@ async def test_a_letter_that_time_mends_takes_the_next_number_and_its_sender_get
 
 
 async def test_after_five_tries_it_has_failed_and_its_sender_is_told_for_good(yard: Yard, settings: Settings) -> None:
-    async with run_lane(yard), refusing(yard), retrying(yard, settings):
+    async with run_lane(yard), refusing(yard.store), retrying(yard, settings):
         conv = await yard.create("ann", "bob")
-        await yard.send(conv, "ann", "k1", "poison")
+        await yard.send(conv, "ann", "k1", POISON)
         (queued,) = await yard.acks(1)
         await eventually(lambda: has_status(yard, DLQStatus.FAILED), 10)
-        await yard.send(conv, "ann", "k1", "poison")
+        await yard.send(conv, "ann", "k1", POISON)
         (refused,) = await yard.acks(1)
-        await yard.send(conv, "ann", "k1", "poison")
+        await yard.send(conv, "ann", "k1", POISON)
         (again,) = await yard.acks(1)
     assert queued["payload"]["code"] == "queued_for_retry"
     assert refused["payload"] == again["payload"]
@@ -179,18 +161,18 @@ async def test_after_five_tries_it_has_failed_and_its_sender_is_told_for_good(ya
 async def test_what_a_sender_was_told_for_good_is_never_replayed(yard: Yard) -> None:
     async with run_lane(yard):
         conv = await yard.create("ann", "bob")
-        async with refusing(yard):
-            await yard.send(conv, "ann", "k1", "poison")
+        async with refusing(yard.store):
+            await yard.send(conv, "ann", "k1", POISON)
             await yard.acks(1)
         await yard.store.db["dead_letter_queue"].update_one({}, {"$set": {"status": "failed", "next_retry_at": None}})
-        await yard.send(conv, "ann", "k1", "poison")
+        await yard.send(conv, "ann", "k1", POISON)
         (refused,) = await yard.acks(1)
         assert refused["payload"]["retryable"] is False
         letter_id = (await letter(yard))["_id"]
         outcome = await replay.replay(yard.store, yard.broker, letter_id, now())
         assert isinstance(outcome, replay.Refused)
         assert await replay.resolve(yard.store, letter_id, "the sender knows", now()) is None
-        await yard.send(conv, "ann", "k1", "poison")
+        await yard.send(conv, "ann", "k1", POISON)
         (still,) = await yard.acks(1)
     assert still["payload"]["retryable"] is False
     assert await yard.log(conv) == []
@@ -199,8 +181,8 @@ async def test_what_a_sender_was_told_for_good_is_never_replayed(yard: Yard) -> 
 async def test_a_failed_letter_that_is_replayed_before_its_sender_asks_is_committed(yard: Yard) -> None:
     async with run_lane(yard):
         conv = await yard.create("ann", "bob")
-        async with refusing(yard):
-            await yard.send(conv, "ann", "k1", "poison")
+        async with refusing(yard.store):
+            await yard.send(conv, "ann", "k1", POISON)
             await yard.acks(1)
         await yard.store.db["dead_letter_queue"].update_one({}, {"$set": {"status": "failed", "next_retry_at": None}})
         outcome = await replay.replay(yard.store, yard.broker, (await letter(yard))["_id"], now())
@@ -213,10 +195,10 @@ async def test_a_failed_letter_that_is_replayed_before_its_sender_asks_is_commit
 async def test_of_two_replays_at_once_one_is_refused_and_one_message_results(yard: Yard) -> None:
     async with run_lane(yard):
         conv = await yard.create("ann", "bob")
-        async with refusing(yard):
-            await yard.send(conv, "ann", "k1", "poison")
+        async with refusing(yard.store):
+            await yard.send(conv, "ann", "k1", POISON)
             await yard.acks(1)
-        await postpone(yard)
+        await postpone(yard.store)
         letter_id = (await letter(yard))["_id"]
         outcomes: list[object] = []
 
@@ -272,10 +254,10 @@ async def test_a_letter_whose_message_is_in_the_log_is_resolved_without_another(
 async def test_a_replay_that_is_no_longer_allowed_is_rejected_once_and_for_all(yard: Yard) -> None:
     async with run_lane(yard):
         conv = await yard.create("ann", "bob", "cat", kind=ConversationType.GROUP)
-        async with refusing(yard):
-            await yard.send(conv, "cat", "k1", "poison")
+        async with refusing(yard.store):
+            await yard.send(conv, "cat", "k1", POISON)
             await yard.acks(1)
-        await postpone(yard)
+        await postpone(yard.store)
         await yard.remove(conv, "ann", "cat")
         await yard.next_down(records.CommandOutcome, 2)
         await replay.replay(yard.store, yard.broker, (await letter(yard))["_id"], now())
@@ -293,8 +275,8 @@ async def test_a_try_that_redis_forgot_is_tried_again_when_its_lease_ends(
     monkeypatch.setattr(replay, "LEASE_SECONDS", 0.5)
     async with run_lane(yard):
         conv = await yard.create("ann", "bob")
-        async with refusing(yard):
-            await yard.send(conv, "ann", "k1", "poison")
+        async with refusing(yard.store):
+            await yard.send(conv, "ann", "k1", POISON)
             await yard.acks(1)
         append = yard.broker.append_replay
         lost: list[str] = []
@@ -316,10 +298,10 @@ async def test_a_try_that_redis_forgot_is_tried_again_when_its_lease_ends(
 async def test_an_older_try_is_dropped_when_its_letter_was_decided(yard: Yard) -> None:
     async with run_lane(yard):
         conv = await yard.create("ann", "bob")
-        async with refusing(yard):
-            await yard.send(conv, "ann", "k1", "poison")
+        async with refusing(yard.store):
+            await yard.send(conv, "ann", "k1", POISON)
             await yard.acks(1)
-        await postpone(yard)
+        await postpone(yard.store)
         found = await letter(yard)
         await yard.broker.append_replay(found["shard"], found["raw"], found["_id"])
         await eventually(lambda: settled(yard))
@@ -330,11 +312,11 @@ async def test_an_older_try_is_dropped_when_its_letter_was_decided(yard: Yard) -
 async def test_a_letter_that_redis_does_not_take_is_given_back_and_counts_no_try(
     yard: Yard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with run_lane(yard), refusing(yard):
+    async with run_lane(yard), refusing(yard.store):
         conv = await yard.create("ann", "bob")
-        await yard.send(conv, "ann", "k1", "poison")
+        await yard.send(conv, "ann", "k1", POISON)
         await yard.acks(1)
-    await postpone(yard)
+    await postpone(yard.store)
 
     async def away(*_: object) -> None:
         raise BrokerUnavailable("away")
@@ -371,7 +353,7 @@ async def test_no_outage_of_the_store_makes_a_dead_letter(yard: Yard, monkeypatc
         async with run_lane(yard):
             (ack,) = await yard.acks(1)
     assert ack["payload"]["sequence_number"] == 1
-    assert await letters(yard) == []
+    assert await letters(yard.store) == []
     assert await yard.broker.client.keys("trials:*") == []
 
 
@@ -402,13 +384,13 @@ async def test_an_entry_that_kills_its_readers_is_tried_alone_then_buried_unread
 
     def deadly(data: bytes) -> Any:
         nonlocal deaths
-        if b"poison" in data:
+        if POISON.encode() in data:
             deaths += 1
             raise Dead
         return decode(data)
 
     for number in range(6):
-        await yard.send(conv, "ann", f"k{number}", "poison" if number == 2 else str(number))
+        await yard.send(conv, "ann", f"k{number}", POISON if number == 2 else str(number))
     with monkeypatch.context() as patched:
         patched.setattr(codec, "decode_ingest", deadly)
         for _ in range(5):
@@ -549,15 +531,15 @@ def test_backoff_doubles_up_to_five_minutes_with_a_fifth_of_jitter() -> None:
 
 
 async def test_a_resolved_letter_opens_again_when_its_message_fails_again(yard: Yard) -> None:
-    async with run_lane(yard), refusing(yard):
+    async with run_lane(yard), refusing(yard.store):
         conv = await yard.create("ann", "bob")
-        await yard.send(conv, "ann", "k1", "poison")
+        await yard.send(conv, "ann", "k1", POISON)
         await yard.acks(1)
-        await postpone(yard)
+        await postpone(yard.store)
         letter_id = (await letter(yard))["_id"]
         assert await replay.resolve(yard.store, letter_id, "let them try again", now()) is None
         assert await replay.resolve(yard.store, letter_id, "twice", now()) == replay.Refused("it is resolved already")
-        await yard.send(conv, "ann", "k1", "poison")
+        await yard.send(conv, "ann", "k1", POISON)
         (queued,) = await yard.acks(1)
     assert queued["payload"]["code"] == "queued_for_retry"
     found = await letter(yard)

@@ -95,6 +95,15 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
+async def operator_guard(connection: Connection, handler: BaseRouteHandler) -> None:
+    """Only the administrator; to a user there is no such route."""
+    if _is_admin(_desk(connection), _bearer(connection)):
+        connection.scope["user"] = Caller(None)
+        return
+    await user_guard(connection, handler)
+    raise RestError(ErrorCode.NOT_FOUND, "Not Found")
+
+
 async def user_guard(connection: Connection, _: BaseRouteHandler) -> None:
     """Only a user with a good token, of a device that was not revoked since."""
     desk = _desk(connection)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 JSON: Final = "application/json"
 CALLERS: Final[dict[Any, tuple[str, ...]]] = {
     access.admin_guard: ("admin",),
+    access.operator_guard: ("admin",),
     access.user_guard: ("user",),
     access.actor_guard: ("user", "admin"),
 }
@@ -167,6 +168,8 @@ def _refusals(
     pairs = {(code.http_status, code) for code in handler.opt.get("errors", ())}
     if callers:
         pairs.add((401, ErrorCode.UNAUTHORIZED))
+    if access.operator_guard in (handler.guards or ()):
+        pairs |= {(401, ErrorCode.REVOKED), (404, ErrorCode.NOT_FOUND)}
     if "user" in callers:
         pairs.add((401, ErrorCode.REVOKED))
     if parameters or body is not None or access.shape_guard in (handler.guards or ()):
