@@ -83,6 +83,15 @@ class House:
             if process is not None:
                 process.wait()
 
+    def exchange(self, name: str, arguments: list[str]) -> list[str]:
+        """Kill a process and run another program in its place from now on; returns the arguments it had."""
+        before = self._programs[name]
+        if self.is_alive(name):
+            self.kill(name)
+        self._programs[name] = msgspec.structs.replace(before, arguments=arguments)
+        self.start(name)
+        return before.arguments
+
     def terminate(self, name: str) -> None:
         """SIGTERM: drain and end."""
         os.kill(self.pids[name], signal.SIGTERM)
