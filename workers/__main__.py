@@ -24,6 +24,7 @@ import anyio.abc
 import structlog
 
 from workers import metrics
+from workers.breaker import probe
 from workers.broker import Broker, BrokerUnavailable, open_broker
 from workers.settings import SettingError, Settings, load_settings
 from workers.store import Store, StoreUnfit, open_store
@@ -151,6 +152,8 @@ async def _run_process(settings: Settings, names: Sequence[str]) -> None:
                 open_when_ready("redis", lambda: open_fit_broker(settings.redis_url, settings.shards)) as broker,
             ):
                 started.set()
+                group.start_soon(probe, store.breaker, store.ping, StoreUnavailable, name="mongodb probe")
+                group.start_soon(probe, broker.breaker, broker.ping, BrokerUnavailable, name="redis probe")
                 log.info("worker_started", roles=list(names), pid=os.getpid())
                 await _run_roles(settings, names, store, broker, stopping)
         if roles.cancelled_caught and started.is_set():

@@ -22,6 +22,7 @@ from redis.backoff import NoBackoff
 
 from protocol import codec, keys, records
 from protocol.models import Presence, UserStatus
+from workers.breaker import Breaker, BreakerOpen, guarded
 from workers.invalidations import invalidations
 
 if TYPE_CHECKING:
@@ -42,6 +43,9 @@ COMMAND_SECONDS = 5.0
 """Deadline of a command that does not block."""
 BURIED_AT_ONCE = 200
 """Users taken off a dead gateway per call: 2 ms of Redis."""
+BREAKER_FAILURES = 5
+BREAKER_OPEN_SECONDS = 10.0
+"""Reliability.md section 11."""
 _CLAIM_SECONDS = 10
 """Longer than the two reads behind a session cache entry take."""
 _HOLD_SECONDS = 30
@@ -64,13 +68,6 @@ class StreamEntry(NamedTuple):
     entry_id: bytes
     payload: bytes | None
     letter_id: str = ""
-
-
-class Delivered(NamedTuple):
-    """A pending entry and how often it was handed to an owner; each time but the last without an acknowledgement."""
-
-    entry_id: bytes
-    times: int
 
 
 class Settlement(NamedTuple):
@@ -103,7 +100,28 @@ async def open_broker(url: str) -> AsyncIterator[Broker]:
 
 @contextmanager
 def _passing_errors() -> Iterator[None]:
-    """Name Redis' passing failures: unreachable, out of memory, busy, loading, failing over."""
+    """Name Redis' passing failures. Of a request its breaker hears of them, and says when it need not be tried."""
+    breakers = guarded()
+    if breakers is None:
+        with _named_errors():
+            yield
+        return
+    try:
+        breakers.redis.admit()
+    except BreakerOpen:
+        raise BrokerUnavailable("Redis was away lately") from None
+    try:
+        with _named_errors():
+            yield
+    except BrokerUnavailable:
+        breakers.redis.failed()
+        raise
+    breakers.redis.succeeded()
+
+
+@contextmanager
+def _named_errors() -> Iterator[None]:
+    """Unreachable, out of memory, busy, loading, failing over: BrokerUnavailable."""
     try:
         yield
     except RuntimeError as error:
@@ -128,6 +146,8 @@ class Broker:
 
     def __init__(self, client: redis.asyncio.Redis) -> None:
         self.client = client
+        self.breaker = Breaker("redis", BREAKER_FAILURES, BREAKER_OPEN_SECONDS)
+        """For requests only: see `breaker.guarding`."""
         for command in ("XREADGROUP", "XREAD", "XRANGE", "XPENDING"):
             client.set_response_callback(command, _as_it_comes)
         # One name for the library's untyped method.
@@ -141,6 +161,10 @@ class Broker:
         self._fill_session = client.register_script((LUA / "fill_session.lua").read_bytes())
         self._bury = client.register_script((LUA / "bury.lua").read_bytes())
         self._push_inbox = client.register_script((LUA / "push_inbox.lua").read_bytes())
+
+    async def command(self, *args: Any) -> Any:
+        """One command that does not block, for the rooms beside this one; its reply as it comes."""
+        return await self._run(*args)
 
     async def _run(self, *args: Any) -> Any:
         with _passing_errors():
@@ -209,31 +233,6 @@ class Broker:
             "COUNT", count, "STREAMS", keys.ingest(shard), after,
         )  # fmt: skip
         return _entries(reply)
-
-    async def pending(self, shard: int, after: bytes, count: int) -> list[Delivered]:
-        """The first entries of a shard behind an id (b"0" for all) that were read and not acknowledged. Looking at them
-        counts as no delivery."""
-        start = b"-" if after == b"0" else b"(" + after
-        reply = await self._run("XPENDING", keys.ingest(shard), keys.INGEST_GROUP, start, "+", count)
-        return [Delivered(row[0], int(row[3])) for row in reply]
-
-    async def read_entry(self, shard: int, entry_id: bytes) -> StreamEntry:
-        """One entry, without it being delivered to anybody."""
-        reply = await self._run("XRANGE", keys.ingest(shard), entry_id, entry_id)
-        return _unusual_entry(shard, entry_id, reply[0][1] if reply else None)
-
-    async def begin_trial(self, shard: int, entry_id: bytes) -> None:
-        """An entry whose readers died is tried alone; `end_trial` says that this time nobody did."""
-        await self._run("HINCRBY", keys.trials(shard), entry_id, 1)
-        await self._run("EXPIRE", keys.trials(shard), keys.TRIALS_TTL_SECONDS)
-
-    async def trials(self, shard: int, entry_id: bytes) -> int:
-        """How often this entry was tried alone by somebody who never came back."""
-        return int(await self._run("HGET", keys.trials(shard), entry_id) or 0)
-
-    async def end_trial(self, shard: int, entry_id: bytes) -> None:
-        """The trial ended without harm, or the entry is gone."""
-        await self._run("HDEL", keys.trials(shard), entry_id)
 
     async def publish_and_settle(
         self,
@@ -562,11 +561,11 @@ def _entries(reply: Any) -> list[StreamEntry]:
             if fields is not None and len(fields) == 2:
                 entries.append(StreamEntry(shard, entry_id, fields[1]))
             else:
-                entries.append(_unusual_entry(shard, entry_id, fields))
+                entries.append(unusual_entry(shard, entry_id, fields))
     return entries
 
 
-def _unusual_entry(shard: int, entry_id: bytes, fields: list[bytes] | None) -> StreamEntry:
+def unusual_entry(shard: int, entry_id: bytes, fields: list[bytes] | None) -> StreamEntry:
     """Trimmed while it was pending, or the replay of a dead letter."""
     named = dict(zip(fields[::2], fields[1::2], strict=False)) if fields else {}
     letter_id = named.get(keys.LETTER_FIELD, b"").decode(errors="replace")

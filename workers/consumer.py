@@ -19,7 +19,7 @@ import structlog
 from protocol import codec, records
 from protocol.models import DLQErrorType
 from workers import metrics
-from workers.broker import Broker, BrokerUnavailable, Delivered, GroupMissing, StreamEntry
+from workers.broker import Broker, BrokerUnavailable, GroupMissing, StreamEntry
 from workers.commit import Committer
 from workers.conversations import Conversations
 from workers.dead_letters import DeadLetters, error_type_of
@@ -31,6 +31,7 @@ from workers.shard_log import ShardLog
 from workers.store.errors import StoreUnavailable
 from workers.store.marks import HeadMark
 from workers.store.messages import from_ms
+from workers.takeover import Stage, TakeOver
 from workers.typists import Typists
 
 if TYPE_CHECKING:
@@ -42,12 +43,6 @@ if TYPE_CHECKING:
     from workers.store import Store
     from workers.store.messages import Key
 
-SUSPECT_DELIVERIES: Final = 3
-"""So often handed to an owner and never acknowledged: from now on it is tried alone (reliability.md section 10.5)."""
-POISON_DELIVERIES: Final = 5
-POISON_TRIALS: Final = 2
-"""So often tried alone by owners who died of it: it is buried unread."""
-TRIAL_LOOK_SECONDS: Final = 0.5
 BLOCK_MS: Final = 250
 """How long a read waits: also how long a newly leased shard waits for its first read."""
 READ_SPACING_SECONDS: Final = 0.008
@@ -91,7 +86,7 @@ class Lane:
         trial: anyio.Lock | None = None,
         conversations: int = 20_000,
     ) -> None:
-        """`batch`, `conversations`: see the settings. `trial`: shared by the lanes of a process, see `_try_alone`."""
+        """`batch`, `conversations`: see the settings. `trial`: shared by the lanes of a process, see `takeover.py`."""
         self._worker_id = worker_id
         self._store = store
         self._broker = broker
@@ -106,14 +101,13 @@ class Lane:
         self._committer = Committer(
             store, self._conversations, self._receipts.recent, self._dead_letters, edit_seconds, interest
         )
-        self._trial = trial or anyio.Lock()
+        self._takeover = TakeOver(broker, self._dead_letters, self, trial or anyio.Lock(), batch)
         self._logs: dict[int, ShardLog] = {}
         self._new_shards: list[int] = []
         self._queue: deque[Entry] = deque()
         self._queued = anyio.Event()
         self._room = anyio.Event()
         self._to_tell = anyio.Event()
-        self._settled = anyio.Event()
         self._unflushed: list[tuple[int, bytes]] = []
         self._marks = 0
         """Receipts of the unflushed entries."""
@@ -158,10 +152,26 @@ class Lane:
             self._unflushed = [(shard, entry_id) for shard, entry_id in self._unflushed if shard not in lost]
             self._conversations.forget_shards(shards)
             self._dead_letters.forget_shards(shards)
-            self._note_settled()
+            self._takeover.settled.set()
         for shard in shards - self._logs.keys():
             self._logs[shard] = ShardLog()
             self._new_shards.append(shard)
+
+    # --- what a take-over asks ---------------------------------------------------------------------------------------
+
+    @property
+    def is_stopping(self) -> bool:
+        """Has this process been asked to end?"""
+        return self._stop.is_set()
+
+    def stage(self, shard: int, entry_id: bytes) -> Stage:
+        """How far an entry has come here."""
+        shard_log = self._logs.get(shard)
+        if shard_log is None:
+            return Stage.FOREIGN
+        if entry_id in shard_log.outstanding:
+            return Stage.IN_HAND
+        return Stage.DONE if entry_id in shard_log.done else Stage.UNKNOWN
 
     async def run(self, stopping: anyio.Event) -> None:
         """Work until `stopping`; then finish what was read and return."""
@@ -193,16 +203,16 @@ class Lane:
                 if self._new_shards:
                     await self._dead_letters.load(self._new_shards)
                 while self._new_shards:
-                    await self._read_pending(self._new_shards[-1])
+                    await self._takeover.read(self._new_shards[-1])
                     self._new_shards.pop()
-                await self._wait_for_room()
+                await self.wait_for_room()
                 await anyio.sleep_until(taken_at + READ_SPACING_SECONDS)
                 if not self._logs:  # looked at behind the waits: a lease may have ended during them
                     await anyio.sleep(0.1)
                     continue
                 entries = await self._read_new()
                 taken_at = anyio.current_time()
-                await self._take(entries, redelivered=False)
+                await self.take(entries, redelivered=False)
                 backoff = 0.05
             except GroupMissing:
                 await self._start_over()
@@ -212,76 +222,6 @@ class Lane:
                 self._new_shards = list(self._logs)
                 await anyio.sleep(backoff)
                 backoff = min(backoff * 2, LONGEST_BACKOFF_SECONDS)
-
-    async def _read_pending(self, shard: int) -> None:
-        """What was read and never acknowledged comes first, in order; whose readers died again and again, alone."""
-        after = b"0"
-        while shard in self._logs:
-            await self._wait_for_room()
-            pending = await self._broker.pending(shard, after, self._batch)
-            if not pending:
-                return
-            while pending and shard in self._logs:
-                outstanding = self._logs[shard].outstanding
-                fresh = [p.entry_id not in outstanding and p.times < SUSPECT_DELIVERIES for p in pending]
-                count = fresh.index(False) if False in fresh else len(fresh)
-                if count:
-                    log.info("pending_taken_over", shard=shard, entries=count)
-                    await self._take(await self._broker.read_pending(shard, after, count), redelivered=True)
-                elif pending[0].entry_id not in outstanding:
-                    count = 1
-                    await self._try_alone(shard, after, pending[0])
-                else:
-                    count = next((n for n, p in enumerate(pending) if p.entry_id not in outstanding), len(pending))
-                after = pending[count - 1].entry_id
-                pending = pending[count:]
-
-    async def _try_alone(self, shard: int, after: bytes, suspect: Delivered) -> None:
-        """An entry whose owners died, each time they had read it: nothing else of this process is suspected meanwhile.
-
-        That it is on trial is written down first, and taken back when the process has survived it; who finds
-        `POISON_TRIALS` of them knows that it is the entry. So no outage, however long and however often owners
-        change in it, makes a dead letter.
-        """
-        async with self._trial:
-            if (
-                suspect.times >= POISON_DELIVERIES
-                and await self._broker.trials(shard, suspect.entry_id) >= POISON_TRIALS
-            ):
-                await self._bury_poison(shard, suspect)
-                return
-            log.warning("entry_tried_alone", shard=shard, entry=suspect.entry_id.decode(), deliveries=suspect.times)
-            await self._broker.begin_trial(shard, suspect.entry_id)
-            try:
-                await self._take(await self._broker.read_pending(shard, after, 1), redelivered=True)
-                while (shard_log := self._logs.get(shard)) is not None and shard_log.holds(suspect.entry_id):
-                    if suspect.entry_id in shard_log.done:
-                        await self._publish_and_settle({}, {})
-                    self._settled = anyio.Event()
-                    with anyio.move_on_after(TRIAL_LOOK_SECONDS):
-                        await self._settled.wait()
-                await self._broker.end_trial(shard, suspect.entry_id)
-            except anyio.get_cancelled_exc_class():
-                if self._stop.is_set():
-                    with anyio.CancelScope(shield=True), anyio.move_on_after(1):
-                        await self._broker.end_trial(shard, suspect.entry_id)
-                raise
-
-    async def _bury_poison(self, shard: int, suspect: Delivered) -> None:
-        """Out of the stream first, unread; then it is read once more, to know whose it is."""
-        entry = await self._broker.read_entry(shard, suspect.entry_id)
-        reason = f"whoever read it died, {suspect.times} times"
-        letter_id = ""
-        if entry.payload is not None:
-            letter_id = await self._dead_letters.bury_unread(entry, reason, DLQErrorType.UNKNOWN, _now_ms())
-        self._done(shard, suspect.entry_id)
-        await self._publish_and_settle({}, {})
-        await self._broker.end_trial(shard, suspect.entry_id)
-        if letter_id and not entry.letter_id:
-            down: Down = defaultdict(list)
-            for instance, item in await self._dead_letters.name(letter_id, entry, reason, _now_ms()):
-                down[instance].append(item)
-            await self._publish_and_settle(down, {})
 
     async def _read_new(self) -> list[StreamEntry]:
         """New entries, no more than there is room for. Redis counts them per stream: each shard gets its share, and
@@ -300,7 +240,7 @@ class Lane:
     def _room_left(self) -> int:
         return self._read_ahead - len(self._queue)
 
-    async def _wait_for_room(self) -> None:
+    async def wait_for_room(self) -> None:
         # A batch's worth, so that reads stay as great as commits are, and at least one entry of each shard.
         while self._room_left < max(self._batch, len(self._logs)) or self._marks >= MARKS_WAITING:
             self._room = anyio.Event()
@@ -319,7 +259,7 @@ class Lane:
             shard_log.done.clear()
         self._conversations.forget_shards(frozenset())
 
-    async def _take(self, entries: Sequence[StreamEntry], redelivered: bool) -> None:
+    async def take(self, entries: Sequence[StreamEntry], redelivered: bool) -> None:
         for entry in entries:
             shard_log = self._logs.get(entry.shard)
             if shard_log is None or entry.entry_id in shard_log.outstanding:
@@ -327,7 +267,7 @@ class Lane:
             shard_log.outstanding[entry.entry_id] = None
             if entry.payload is None:
                 metrics.INGESTED.labels("lost").inc()
-                self._done(entry.shard, entry.entry_id)
+                self.done(entry.shard, entry.entry_id)
                 self._to_tell.set()
                 continue
             try:
@@ -344,7 +284,7 @@ class Lane:
                 self._to_tell.set()
             elif isinstance(record, records.Typing):
                 self._typists.receive(record, entry.entry_id, _now_ms())
-                self._done(entry.shard, entry.entry_id)
+                self.done(entry.shard, entry.entry_id)
                 self._to_tell.set()
             else:
                 # Whether a replay's key is in the log already is looked up, as for what was read before.
@@ -355,11 +295,11 @@ class Lane:
 
     async def _bury_unreadable(self, entry: StreamEntry, reason: str) -> None:
         await self._dead_letters.bury_unread(entry, reason, DLQErrorType.VALIDATION_FAILED, _now_ms())
-        self._done(entry.shard, entry.entry_id)
+        self.done(entry.shard, entry.entry_id)
         # Nobody may come after it: its acknowledgement does not wait for the next commit.
         self._to_tell.set()
 
-    def _done(self, shard: int, entry_id: bytes) -> None:
+    def done(self, shard: int, entry_id: bytes) -> None:
         shard_log = self._logs.get(shard)
         if shard_log is not None:
             shard_log.outstanding.pop(entry_id, None)
@@ -387,8 +327,8 @@ class Lane:
                     decided.setdefault(entry.shard, []).append(entry.entry_id)
             self._committing = set()
             for entry in batch:
-                self._done(entry.shard, entry.entry_id)
-            await self._publish_and_settle(down, decided, outgoing)
+                self.done(entry.shard, entry.entry_id)
+            await self.publish_and_settle(down, decided, outgoing)
             self._to_tell.set()
 
     def _next_batch(self) -> list[Entry]:
@@ -482,7 +422,7 @@ class Lane:
         before = self._heads.get(conversation_id)
         return None if before is None else before.active_at
 
-    async def _publish_and_settle(
+    async def publish_and_settle(
         self,
         down: Down,
         decided: Mapping[int, Sequence[bytes]],
@@ -500,11 +440,7 @@ class Lane:
             for shard, entry_ids, _ in settlements:
                 if shard in self._logs:
                     self._logs[shard].done = entry_ids + self._logs[shard].done
-        self._note_settled()
-
-    def _note_settled(self) -> None:
-        """Somebody may be waiting for an entry to be acknowledged, or lost."""
-        self._settled.set()
+        self._takeover.settled.set()
 
     # --- teller ------------------------------------------------------------------------------------------------------
 
@@ -551,8 +487,8 @@ class Lane:
             raise
         self._room.set()
         for shard, entry_id in entries:
-            self._done(shard, entry_id)
-        await self._publish_and_settle(down, {}, fence=fence)
+            self.done(shard, entry_id)
+        await self.publish_and_settle(down, {}, fence=fence)
         delivered, self._receipts.delivered_ids = self._receipts.delivered_ids, {}
         if delivered:
             await self._broker.drop_from_inbox(delivered)

@@ -39,6 +39,11 @@ ERASED: Final = Counter("trireme_erased_total", "Messages whose content has disa
 TYPING: Final = Counter("trireme_typing_total", "Typing signals by what became of them", ["outcome"])
 """outcome: told, refused, dropped."""
 BURIED: Final = Counter("trireme_buried_instances_total", "Dead instances whose traces were removed here")
+BREAKERS: Final = Gauge("trireme_breaker_state", "0 closed, 1 half-open, 2 open", ["service"])
+"""service: mongodb, redis, webhook."""
+BREAKER_REFUSALS: Final = Counter(
+    "trireme_breaker_refusals_total", "Calls not made because a breaker was open", ["service"]
+)
 DEAD_LETTERS: Final = Gauge("trireme_dead_letters", "Dead letters, as of the last look of a retry role", ["status"])
 KEYS_DROPPED: Final = Counter("trireme_idempotency_keys_dropped_total", "Keys not written while MongoDB refused them")
 SHARDS_HELD: Final = Gauge("trireme_shards_held", "Shards this process owns")

@@ -19,6 +19,7 @@ import structlog
 from protocol import codec, frames, records
 from protocol.errors import AuthErrorCode, ErrorCode
 from workers import metrics, presence
+from workers.breaker import Breakers, guarding
 from workers.broker import Broker, BrokerUnavailable
 from workers.revocation import is_good, moment
 from workers.store.errors import StoreUnavailable
@@ -70,6 +71,7 @@ class QueryRole:
         self._store = store
         self._devices = devices_per_account
         self._broker = broker
+        self._breakers = Breakers(store.breaker, broker.breaker)
         self._room = anyio.Semaphore(at_once, max_value=at_once)
 
     async def serve(self, consumer: str, answers: MemoryObjectSendStream[Answer], stopping: anyio.Event) -> None:
@@ -117,7 +119,7 @@ class QueryRole:
 
     async def _item(self, query: records.Query) -> tuple[records.DownItem | None, str]:
         try:
-            with anyio.fail_after(_QUERY_SECONDS):
+            with guarding(self._breakers), anyio.fail_after(_QUERY_SECONDS):
                 if isinstance(query, records.OpenQuery) and not await is_good(
                     self._store, self._broker, query.user_id, query.device_id, query.issued_ms
                 ):
@@ -126,6 +128,8 @@ class QueryRole:
                     return records.TokenGood(query.connection), "checked"
                 return await _answer_query(self._store, self._broker, query), "answered"
         except (BrokerUnavailable, StoreUnavailable, TimeoutError) as error:
+            if isinstance(error, TimeoutError):
+                self._breakers.mongodb.failed()  # it was cancelled before it could say so
             log.warning("query_unanswered", kind=type(query).__name__, error=str(error))
             return _unanswered(query), "unavailable"
 

@@ -17,6 +17,7 @@ from workers import replay, retry
 from workers.broker import BrokerUnavailable
 from workers.dead_letters import dead_letter_id, retry_at
 from workers.store.messages import OutcomeUnknown
+from workers.suspects import Suspects
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -346,7 +347,7 @@ async def test_no_outage_of_the_store_makes_a_dead_letter(yard: Yard, monkeypatc
                 owner = await owners.enter_async_context(run_lane(yard))
 
                 async def has_read_it(times: int = number) -> bool:
-                    return [found.times for found in await yard.broker.pending(shard, b"0", 10)] == [times]
+                    return [found.times for found in await Suspects(yard.broker).pending(shard, b"0", 10)] == [times]
 
                 await eventually(has_read_it, 10)
                 await lose_its_lease(owner)
@@ -424,8 +425,8 @@ async def test_a_retry_of_what_killed_its_readers_is_held_back_once_it_is_known_
     for _ in range(5):
         # Five owners that read it and were never heard of again.
         (entry,) = await yard.broker.read_ingest([shard], 10, 100) or await yard.broker.read_pending(shard, b"0", 10)
-    await yard.broker.begin_trial(shard, entry.entry_id)
-    await yard.broker.begin_trial(shard, entry.entry_id)
+    await Suspects(yard.broker).begin_trial(shard, entry.entry_id)
+    await Suspects(yard.broker).begin_trial(shard, entry.entry_id)
     async with run_lane(yard):
         (queued,) = await yard.acks(1)
         await yard.send(conv, "ann", "k1")

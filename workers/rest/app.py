@@ -17,6 +17,7 @@ from litestar.di import Provide
 
 from protocol import codec, keys, records, specification
 from workers import orphans
+from workers.breaker import Breakers, guarding
 from workers.codes import Codes
 from workers.instances import Instance
 from workers.objects import Objects
@@ -50,6 +51,8 @@ from workers.settings import SettingError, Settings
 from workers.tokens import KeyUnfit, Tokens
 
 if TYPE_CHECKING:
+    from litestar.types import ASGIApp, Receive, Scope, Send
+
     from workers.broker import Broker
     from workers.store import Store
 
@@ -144,7 +147,8 @@ async def run(settings: Settings, store: Store, broker: Broker, stopping: anyio.
         group.start_soon(upkeep.run, desk, name="rest upkeep")
         if objects is not None:
             group.start_soon(orphans.run, store, objects, settings.media_orphan_seconds, name="media sweep")
-        edge = Edge(create_app(desk), settings.body_seconds, behind_tls=endpoint.startswith("https:"))
+        app = Guarded(create_app(desk), Breakers(store.breaker, broker.breaker))
+        edge = Edge(app, settings.body_seconds, behind_tls=endpoint.startswith("https:"))
         server = open_server(edge, settings)
         group.start_soon(_stop_server, server, stopping, name="rest stop")
         log.info("rest_serving", endpoint=endpoint, instance=instance.instance_id)
@@ -168,6 +172,18 @@ def create_app(desk: Desk) -> Litestar:
         logging_config=None,
         debug=False,
     )
+
+
+class Guarded:
+    """Around the application: what a request asks of the servers is guarded by their breakers."""
+
+    def __init__(self, app: ASGIApp, breakers: Breakers) -> None:
+        self._app = app
+        self._breakers = breakers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with guarding(self._breakers):
+            await self._app(scope, receive, send)
 
 
 def open_listener(host: str, port: int) -> socket.socket:

@@ -28,6 +28,7 @@ from pymongo.errors import (
 from pymongo.read_concern import ReadConcern
 from pymongo.write_concern import WriteConcern
 
+from workers.breaker import Breaker
 from workers.store.blocks import BlockStore
 from workers.store.changes import ChangeStore
 from workers.store.contacts import ContactStore
@@ -63,6 +64,9 @@ DEFAULT_DATABASE: Final = "trireme"
 WRITE_CONCERN: Final = WriteConcern("majority", j=True, wtimeout=5000)
 READ_CONCERN: Final = ReadConcern("majority")
 
+BREAKER_FAILURES: Final = 5
+BREAKER_OPEN_SECONDS: Final = 30.0
+"""Reliability.md section 11."""
 _NAMESPACE_EXISTS: Final = 48
 """What the server says when two processes create the same collection at the same moment."""
 _CONNECT_MS: Final = 2000
@@ -88,6 +92,8 @@ class Store:
             read_concern=READ_CONCERN,
         )
         self.retention_days = retention_days
+        self.breaker = Breaker("mongodb", BREAKER_FAILURES, BREAKER_OPEN_SECONDS)
+        """For requests only: see `breaker.guarding`."""
         self.messages = MessageStore(self.db)
         self.dead_letters = DeadLetterStore(self.db)
         self.changes = ChangeStore(self.db)

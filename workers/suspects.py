@@ -1,0 +1,53 @@
+"""Pending entries as a shard's next owner finds them in Redis: how often each was delivered, and which are on trial.
+
+Called by `takeover.py`. Raises what `Broker` raises.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from protocol import keys
+from workers.broker import StreamEntry, unusual_entry
+
+if TYPE_CHECKING:
+    from workers.broker import Broker
+
+
+class Delivered(NamedTuple):
+    """A pending entry and how often it was handed to an owner; each time but the last without an acknowledgement."""
+
+    entry_id: bytes
+    times: int
+
+
+class Suspects:
+    """Looks at pending entries, and what is written down of those on trial."""
+
+    def __init__(self, broker: Broker) -> None:
+        self._broker = broker
+
+    async def pending(self, shard: int, after: bytes, count: int) -> list[Delivered]:
+        """The first entries of a shard behind an id (b"0" for all) that were read and not acknowledged. Looking at them
+        counts as no delivery."""
+        start = b"-" if after == b"0" else b"(" + after
+        reply = await self._broker.command("XPENDING", keys.ingest(shard), keys.INGEST_GROUP, start, "+", count)
+        return [Delivered(row[0], int(row[3])) for row in reply]
+
+    async def read(self, shard: int, entry_id: bytes) -> StreamEntry:
+        """One entry, without it being delivered to anybody."""
+        reply = await self._broker.command("XRANGE", keys.ingest(shard), entry_id, entry_id)
+        return unusual_entry(shard, entry_id, reply[0][1] if reply else None)
+
+    async def begin_trial(self, shard: int, entry_id: bytes) -> None:
+        """An entry whose readers died is tried alone; `end_trial` says that this time nobody did."""
+        await self._broker.command("HINCRBY", keys.trials(shard), entry_id, 1)
+        await self._broker.command("EXPIRE", keys.trials(shard), keys.TRIALS_TTL_SECONDS)
+
+    async def trials(self, shard: int, entry_id: bytes) -> int:
+        """How often this entry was tried alone by somebody who never came back."""
+        return int(await self._broker.command("HGET", keys.trials(shard), entry_id) or 0)
+
+    async def end_trial(self, shard: int, entry_id: bytes) -> None:
+        """The trial ended without harm, or the entry is gone."""
+        await self._broker.command("HDEL", keys.trials(shard), entry_id)
