@@ -7,6 +7,7 @@ past its bound.
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import tempfile
@@ -23,15 +24,16 @@ from bench.chaos.nemesis import Episode, Nemesis, chapters, schedule
 from bench.chaos.report import Chapter, summary, write_html
 from bench.chaos.rig import Rig, open_rig, phone_urls
 from bench.driver_process import DriverError, open_driver
+from bench.history import audit
 from bench.services import ServicesError
 from bench.stack import StackError
 from protocol.models import ConversationType
+from workers.audit.history import Fault, HistoryWriter
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Iterator
 
-    from bench.chaos.faults import Fault
+    from bench.chaos import faults
     from bench.chaos.samples import Sample
 
 CHAPTER_FAULTS: Final = 10
@@ -41,6 +43,7 @@ SETTLE_SECONDS: Final = 90.0
 CALM_SECONDS: Final = 5.0
 """Load before the first fault of a chapter: what undisturbed latency is."""
 PUSHED_SECONDS: Final = 1.0
+SHOWN_VIOLATIONS: Final = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--groups", type=int, default=4, help=f"groups of {GROUP_SIZE}")
     parser.add_argument("--group-share", type=float, default=0.1, help="part of the messages that go to groups")
     parser.add_argument("--only", default="", help="rows to run, comma-separated (F-W1,F-M4)")
+    parser.add_argument("--audit", action=argparse.BooleanOptionalAction, default=True, help="the auditor's word too")
     parser.add_argument("--strict-recovery", action="store_true", help="a recovery past its bound is a violation")
     parser.add_argument("--data-dir", type=Path, help="keep data and logs there")
     parser.add_argument("--json", metavar="FILE", help="write the summary there")
@@ -66,6 +70,8 @@ def main(args: argparse.Namespace) -> int:
         with _directory(args.data_dir) as directory, open_rig(directory) as rig:
             campaign = Campaign(rig, args)
             campaign.run()
+            if args.audit:
+                campaign.audit()
             found = campaign.report()
     except (SetupError, StackError, ServicesError, DriverError) as error:
         sys.stderr.write(f"bench chaos: {error}\n")
@@ -98,6 +104,10 @@ class Campaign:
         self._args = args
         self._began = time.monotonic()
         self._seconds = 0.0
+        self._histories: list[Path] = []
+        self._audit: list[str] = []
+        """What the auditor said."""
+        self._is_clean = True
 
     def run(self) -> None:
         """All chapters. Raises DriverError, SetupError."""
@@ -118,7 +128,7 @@ class Campaign:
     def _stored(self) -> int:
         return sum(chapter.result["stored"] for chapter in self.chapters)
 
-    def _play(self, faults: list[Fault]) -> None:
+    def _play(self, planned: list[faults.Fault]) -> None:
         """One chapter: a crowd, its faults, its end."""
         rig, args, number = self._rig, self._args, len(self.chapters) + 1
         talks = self._make_talks()
@@ -126,7 +136,8 @@ class Campaign:
         with open_driver("bench.chaos.crowd") as crowd:
             rest_url, token = rig.stack.rest_url, rig.stack.admin_token
             seed = args.seed * 1000 + number
-            enter = Enter(talks, phone_urls(rig), rest_url, token, seed, args.group_share)
+            history = str(self._history(f"phones-{number}")) if args.audit else ""
+            enter = Enter(talks, phone_urls(rig), rest_url, token, seed, args.group_share, history)
             answer = crowd.command(enter, ENTER_SECONDS)
             if answer["online"] < answer["phones"]:
                 rig.troubles.append(f"chapter {number}: {answer['online']} of {answer['phones']} phones came in")
@@ -135,11 +146,11 @@ class Campaign:
             rig.sleep(CALM_SECONDS)
             crowd.command(Pace(args.rate), ENTER_SECONDS)
             rig.sleep(PUSHED_SECONDS)
-            for fault in faults:
+            for fault in planned:
                 if self._minutes() >= args.minutes:
                     break
                 self._tell(self.nemesis.strike(fault, number))
-            if not faults:
+            if not planned:
                 self._fill()
             rig.look()
             rig.crowd = None
@@ -149,8 +160,25 @@ class Campaign:
         print(
             f"chapter {number}: {result['stored']:,} stored, {result['violation_count']} violations, "
             f"{len(result['open_ends'])} open ends",
+            *self.chapters[-1].violations()[:SHOWN_VIOLATIONS],
+            sep="\n  ",
             flush=True,
         )
+
+    def _history(self, name: str) -> Path:
+        path = self._rig.directory / f"{name}.jsonl"
+        self._histories.append(path)
+        return path
+
+    def audit(self) -> None:
+        """The auditor reads everything that is stored, and what the phones of all chapters saw."""
+        with HistoryWriter(self._history("faults")) as history:
+            for episode in self.nemesis.episodes:
+                history.write(Fault(t=episode.began, what=episode.name, since=episode.began, until=episode.over))
+        began = time.monotonic()
+        status, self._audit = audit(self._rig.stack, self._histories)
+        self._is_clean = status == 0
+        self._audit.append(f"status {status} after {time.monotonic() - began:.0f} s")
 
     def _fill(self) -> None:
         """Load without faults, up to what is asked for."""
@@ -190,13 +218,16 @@ class Campaign:
         }
         found = summary(self.nemesis.episodes, self.chapters, self._seconds)
         violations = [text for chapter in self.chapters for text in chapter.violations()] + self._rig.troubles
+        if not self._is_clean:
+            violations += [f"auditor: {text}" for text in self._audit]
         if self._args.strict_recovery:
             violations += [
                 f"late: {episode.row} {episode.name} ({episode.detail}): {episode.recovery_seconds} s"
                 for episode in self.nemesis.episodes
                 if episode.is_late
             ]
-        found |= {"rollbacks": self._rig.replica_set.rollbacks(), "not_run": absent(self._rig), "settings": settings}
+        found |= {"rollbacks": self._rig.replica_set.rollbacks(), "not_run": absent(self._rig)}
+        found |= {"audit": self._audit, "settings": settings}
         found |= {"machine": figures.machine(), "load_average": os.getloadavg()[0], "commit": figures.commit()}
         found["verdict"] = figures.verdict(violations)
         return found

@@ -13,6 +13,7 @@ import itertools
 import random
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
@@ -23,6 +24,7 @@ from bench import journal
 from bench.accounts import Account
 from bench.chaos.handset import Handset
 from bench.chaos.samples import STEP_SECONDS, Sampler
+from bench.history import WritingLedger
 from bench.http_api import ApiError, HttpApi
 from bench.ledger import Ledger
 
@@ -58,6 +60,7 @@ class Enter(msgspec.Struct, frozen=True, tag="enter", tag_field="do"):
     group_share: float
     """Part of the messages that go to groups."""
     history: str = ""
+    """File for what the phones see, for the auditor."""
     timeout_seconds: float = 60.0
 
 
@@ -93,7 +96,7 @@ class Crowd:
     def __init__(self, tasks: anyio.abc.TaskGroup, call_later: Callable[..., Any]) -> None:
         self._tasks = tasks
         self._call_later = call_later
-        self._ledger = Ledger()
+        self._ledger: Ledger | WritingLedger = Ledger()
         self._sampler = Sampler()
         self._handsets: dict[str, Handset] = {}
         self._talks: list[Talk] = []
@@ -118,6 +121,8 @@ class Crowd:
 
     async def enter(self, command: Enter) -> dict[str, Any]:
         self._random = random.Random(command.seed)
+        if command.history:
+            self._ledger = WritingLedger(Path(command.history))
         self._talks = command.talks
         for talk in command.talks:
             if not talk.is_group:
@@ -251,6 +256,8 @@ class Crowd:
             handset.sync()
         with anyio.move_on_after(deadline - time.monotonic()):
             await self._wait_in()
+        if isinstance(self._ledger, WritingLedger):
+            self._ledger.end(time.monotonic())
         violations = [str(violation) for violation in self._ledger.verdict()]
         violations += [text for handset in self._handsets.values() for text in handset.refused]
         return {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import resource
 import socket
 import sys
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final, Literal
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     import random
 
     from bench.chaos.rig import Rig
+
+
+ROLLBACK_SECONDS: Final = 20.0
 
 
 class Fault(msgspec.Struct, frozen=True):
@@ -298,7 +302,9 @@ def roll_back(rig: Rig, rng: random.Random) -> str:
     rig.replica_set.wait_primary()
     rig.sleep(0.5)
     primary.start()
-    rig.replica_set.wait_whole()
+    deadline = time.monotonic() + ROLLBACK_SECONDS
+    while rig.replica_set.rollbacks() == before and time.monotonic() < deadline:
+        rig.sleep(0.2)
     return f"{primary.name}: {rig.replica_set.rollbacks() - before} rollback"
 
 
@@ -451,7 +457,7 @@ FAULTS: Final = (
     Fault("F-M1", "MongoDB primary kill -9", kill_primary, FAILOVER_BOUND, "begin", "acks pause", often=True),
     Fault("F-M2", "MongoDB primary SIGSTOP, then CONT", freeze_primary, 15.0, "begin", "acks pause"),
     Fault("F-M3", "MongoDB majority gone", lose_majority, 15.0, "end", "no ack at all", silent_after_seconds=1.0),
-    Fault("F-M4", "MongoDB true rollback", roll_back, 20.0, "end", "only what was not acked is taken back"),
+    Fault("F-M4", "MongoDB true rollback", roll_back, 20.0, "begin", "only what was not acked is taken back"),
     Fault("F-M5", "MongoDB slow", slow_mongodb, 5.0, "end", "batches grow"),
     Fault("F-M6", "MongoDB disks full", fill_disks, 20.0, "end", "no ack, no flood of dead letters"),
     Fault("F-M7", "MongoDB crowded, connections reset", crowd_mongodb, 5.0, "end", "retries"),

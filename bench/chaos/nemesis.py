@@ -32,6 +32,8 @@ class Episode(msgspec.Struct, kw_only=True):
     detail: str
     began: float
     ended: float
+    since: float
+    """Either of the two: what the bound counts from."""
     recovery_seconds: float | None
     """None: not within `GIVE_UP_SECONDS` after its end."""
     bound_seconds: float | None
@@ -39,6 +41,13 @@ class Episode(msgspec.Struct, kw_only=True):
     acked: int
     """While it went on, until all was well."""
     chapter: int
+
+    @property
+    def over(self) -> float:
+        """When all was well again, or one gave up."""
+        if self.recovery_seconds is None:
+            return self.ended + GIVE_UP_SECONDS
+        return max(self.ended, self.since + self.recovery_seconds)
 
     @property
     def is_late(self) -> bool:
@@ -92,6 +101,7 @@ class Nemesis:
             detail=detail,
             began=began,
             ended=ended,
+            since=since,
             recovery_seconds=None if recovered is None else round(recovered, 2),
             bound_seconds=fault.bound_seconds,
             limit_ms=round(limit),

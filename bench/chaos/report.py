@@ -173,7 +173,7 @@ def _band(episode: Episode, start: float, height: int) -> list[str]:
     x = (episode.began - start) * PIXELS_PER_SECOND
     width = max(1.0, (episode.ended - episode.began) * PIXELS_PER_SECOND)
     title = html.escape(f"{episode.row} {episode.name}: {episode.detail}; recovered in {episode.recovery_seconds} s")
-    tail = (episode.recovery_seconds or 0.0) * PIXELS_PER_SECOND
+    tail = (episode.over - episode.began) * PIXELS_PER_SECOND
     box = f'<rect x="{x:.1f}" y="0" height="{height}"'
     return [
         f'<g><title>{title}</title>{box} width="{max(width, tail):.1f}" fill="#fec"/>',

@@ -101,6 +101,7 @@ def episode(**changes: object) -> Episode:
         "detail": "<worker-1>",
         "began": 2.0,
         "ended": 3.0,
+        "since": 2.0,
         "recovery_seconds": 4.0,
         "bound_seconds": 6.0,
         "limit_ms": 200.0,
