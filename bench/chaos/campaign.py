@@ -20,7 +20,7 @@ from bench import figures
 from bench.accounts import SetupError, create_community
 from bench.chaos.crowd import Enter, Pace, Settle, Talk
 from bench.chaos.faults import absent, chosen
-from bench.chaos.nemesis import Episode, Nemesis, chapters, schedule
+from bench.chaos.nemesis import GIVE_UP_SECONDS, Episode, Nemesis, chapters, schedule
 from bench.chaos.report import Chapter, summary, write_html
 from bench.chaos.rig import Rig, open_rig, phone_urls
 from bench.driver_process import DriverError, open_driver
@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--faults", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1, help="of which faults, in which order, where")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no new fault after so long")
+    parser.add_argument("--give-up", type=float, default=GIVE_UP_SECONDS, help="seconds to watch for a recovery")
     parser.add_argument("--messages", type=int, default=0, help="go on without faults until so many are stored")
     parser.add_argument("--rate", type=float, default=600.0, help="messages per second of all phones together")
     parser.add_argument("--pairs", type=int, default=100, help="1:1 conversations")
@@ -98,7 +99,7 @@ class Campaign:
     """`run` plays, `report` tells."""
 
     def __init__(self, rig: Rig, args: argparse.Namespace) -> None:
-        self.nemesis = Nemesis(rig, args.seed)
+        self.nemesis = Nemesis(rig, args.seed, args.give_up)
         self.chapters: list[Chapter] = []
         self._rig = rig
         self._args = args

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from bench.chaos.rig import Rig
 
 GIVE_UP_SECONDS: Final = 45.0
-"""A fault whose end is this long ago and still felt: the run goes on, and the report says so."""
+"""A fault whose end is this long ago and still felt: the run goes on, and the report says so. The default."""
 PAUSE_SECONDS: Final = (0.0, 1.5)
 """Between the end of one fault's watch and the next fault."""
 
@@ -35,18 +35,20 @@ class Episode(msgspec.Struct, kw_only=True):
     since: float
     """Either of the two: what the bound counts from."""
     recovery_seconds: float | None
-    """None: not within `GIVE_UP_SECONDS` after its end."""
+    """None: not before one gave up."""
     bound_seconds: float | None
     limit_ms: float
     acked: int
     """While it went on, until all was well."""
     chapter: int
+    gave_up: float
+    """When one stopped to watch."""
 
     @property
     def over(self) -> float:
         """When all was well again, or one gave up."""
         if self.recovery_seconds is None:
-            return self.ended + GIVE_UP_SECONDS
+            return self.gave_up
         return max(self.ended, self.since + self.recovery_seconds)
 
     @property
@@ -71,8 +73,9 @@ def schedule(faults: Sequence[Fault], count: int, seed: int) -> list[Fault]:
 class Nemesis:
     """Applies faults to a rig."""
 
-    def __init__(self, rig: Rig, seed: int) -> None:
+    def __init__(self, rig: Rig, seed: int, give_up_seconds: float = GIVE_UP_SECONDS) -> None:
         self.episodes: list[Episode] = []
+        self._give_up_seconds = give_up_seconds
         self._rig = rig
         self._random = random.Random(seed)
 
@@ -90,7 +93,7 @@ class Nemesis:
         ended = time.monotonic()
         since = began if fault.counts_from == "begin" else ended
         recovered = None
-        while recovered is None and time.monotonic() < ended + GIVE_UP_SECONDS:
+        while recovered is None and time.monotonic() < ended + self._give_up_seconds:
             rig.sleep(0.5)
             recovered = recovery.recovery_seconds(rig.samples[first:], since, ended, limit)
         self._check_silence(fault, first, began, ended)
@@ -107,6 +110,7 @@ class Nemesis:
             limit_ms=round(limit),
             acked=rig.acked - acked,
             chapter=chapter,
+            gave_up=time.monotonic(),
         )
         self.episodes.append(episode)
         rig.sleep(self._random.uniform(*PAUSE_SECONDS))

@@ -107,6 +107,7 @@ def episode(**changes: object) -> Episode:
         "limit_ms": 200.0,
         "acked": 100,
         "chapter": 1,
+        "gave_up": 50.0,
     }
     return Episode(**{**fields, **changes})  # type: ignore[arg-type]
 
