@@ -13,6 +13,7 @@ import msgspec
 from protocol import events, frames, records
 from protocol.errors import ErrorCode, RemoteProtocolError
 from protocol.models import ConnectionRegistry, Presence, SystemEvent
+from protocol.repetition import is_plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,6 +60,8 @@ class FrameCodec:
             raise self._refusal(data, str(error)) from None
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             raise RemoteProtocolError(ErrorCode.BAD_FRAME, f"not a {self.subprotocol} object") from None
+        if not self.binary and not is_plain(bytes(data), frame):
+            raise RemoteProtocolError(ErrorCode.BAD_FRAME, "a key is written twice, or a value cannot be read")
         return frame
 
     def decode_server(self, data: bytes | str) -> frames.ServerFrame:
@@ -76,7 +79,7 @@ class FrameCodec:
         named = probe if probe.idempotency_key is not None else self._look_inside(probe)
         return RemoteProtocolError(
             ErrorCode.VALIDATION_FAILED,
-            reason[:160],
+            _without_input(reason),
             client_message_id=_short(named.client_message_id, _ECHO_LIMIT),
             idempotency_key=_short(named.idempotency_key, 128),
         )
@@ -88,6 +91,12 @@ class FrameCodec:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return probe
         return inside
+
+
+def _without_input(reason: str) -> str:
+    """What msgspec says, but for the value it quotes: `Invalid enum value 'x' - at `$.payload.type``."""
+    said, at, where = reason.rpartition(" - at ") if " - at " in reason else (reason, "", "")
+    return (said.partition(" '")[0] + at + where)[:160]
 
 
 def _short(value: object, limit: int) -> str | None:

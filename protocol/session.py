@@ -116,16 +116,13 @@ class Session(Backlog):
         if now - self._bad_since > self._limits.error_window_seconds:
             self._bad_since, self._bad_count = now, 0
         self._bad_count += 1
-        if self._bad_count > self._limits.protocol_errors:
-            return self.close(CloseCode.BAD_FRAME)
-        return [
-            Send.error(
-                error.code,
-                error.message,
-                client_message_id=error.client_message_id,
-                idempotency_key=error.idempotency_key,
-            )
-        ]
+        told = Send.error(
+            error.code,
+            error.message,
+            client_message_id=error.client_message_id,
+            idempotency_key=error.idempotency_key,
+        )
+        return [told, *self.close(CloseCode.BAD_FRAME)] if self._bad_count >= self._limits.protocol_errors else [told]
 
     def _on_auth(self, frame: frames.Auth, now: float, wall_ms: int) -> list[Command]:
         self._resume = {} if frame.payload.resume is msgspec.UNSET else frame.payload.resume

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from tests.hostile.rows import MATRIX, Verdict
+from tests.hostile.rows import MATRIX, PATIENT, Verdict
 from tests.system.house import House, run_house
 
 if TYPE_CHECKING:
@@ -20,6 +20,9 @@ SETTINGS: Final = {
     "TRIREME_MESSAGE_BURST": "60",
     "TRIREME_LOOKUP_RATE": "5",
     "TRIREME_AUTH_FAILURES_PER_MINUTE": "10",
+    "TRIREME_CONNECTIONS_PER_SECOND": "50",
+    "TRIREME_UNAUTHENTICATED_CONNECTIONS": "200",
+    "TRIREME_ALLOWED_ORIGINS": "https://app.example.com",
     "TRIREME_HANDSHAKE_SECONDS": "1.5",
     "TRIREME_MESSAGE_SECONDS": "2",
     "TRIREME_STUCK_SECONDS": "3",
@@ -32,10 +35,18 @@ SETTINGS: Final = {
 }
 """Rates and sizes are protocol.md's. Deadlines are shorter, and the rows that wait for one check its default too."""
 
+PATIENCE: Final = {
+    "TRIREME_MESSAGE_RATE": "100000",
+    "TRIREME_MESSAGE_BURST": "100000",
+    "TRIREME_CONNECTIONS_PER_SECOND": "100000",
+    "TRIREME_AUTH_TIMEOUT_SECONDS": "10",
+}
+
 
 @pytest.fixture(scope="package")
 def house() -> Iterator[House]:
     with run_house(SETTINGS) as running:
+        running.add_gateway("epoll", PATIENT, PATIENCE)
         yield running
 
 

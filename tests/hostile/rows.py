@@ -32,6 +32,8 @@ PATIENCE_SECONDS: Final = 45.0
 """For one row, on a busy machine."""
 
 BOTH: Final = ("epoll", "trio-websocket")
+PATIENT: Final = "patient"
+"""A third gateway, on epoll, that takes any number of messages and connections a second."""
 ONE: Final = ("epoll",)
 
 

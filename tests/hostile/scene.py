@@ -132,7 +132,15 @@ class Scene:
         self.saw(answer.content)
         return answer
 
-    async def exchange(self, data: bytes, port: int, pause_seconds: float = 0.0) -> tuple[bytes, float]:
+    async def metric(self, name: str) -> int:
+        """A figure of this scene's gateway, as it shows it itself."""
+        received, _ = await self.exchange(b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n", self.port, judged=False)
+        line = next(line for line in received.decode().splitlines() if line.startswith(f"{name} "))
+        return int(float(line.split()[1]))
+
+    async def exchange(
+        self, data: bytes, port: int, pause_seconds: float = 0.0, *, judged: bool = True
+    ) -> tuple[bytes, float]:
         """Raw bytes to a port: all that comes back until the server closes, and how many seconds that took.
 
         With a pause they go one by one.
@@ -154,7 +162,8 @@ class Scene:
                     while chunk := await stream.receive_some(65_536):
                         received += chunk
                 nursery.cancel_scope.cancel()
-        self.saw(received)
+        if judged:
+            self.saw(received)
         return received, trio.current_time() - began
 
     def saw(self, answer: bytes | str) -> None:

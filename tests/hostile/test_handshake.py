@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from gateway.transport import TransportLimits
-from tests.gateway.peers import request_head
-from tests.hostile.rows import BOTH, Row, by_row, judge
+from protocol import codec
+from tests.gateway.peers import TEXT, frame, request_head
+from tests.hostile.rows import BOTH, PATIENT, Row, by_row, judge
+from tests.system.crowd import auth, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,6 +42,17 @@ def answered(request: bytes, header: str = "") -> Play:
     return play
 
 
+def upgraded(request: bytes) -> Play:
+    """The status of one request that is to become a WebSocket."""
+
+    async def play(scene: Scene) -> int:
+        peer = await scene.open_raw()
+        await peer.send(request)
+        return int((await peer.head()).split()[1])
+
+    return play
+
+
 def lines(*head: str, body: bytes = b"") -> bytes:
     return "\r\n".join(head).encode() + b"\r\n\r\n" + body
 
@@ -64,7 +77,104 @@ def cut_off_after(data: bytes, pause_seconds: float) -> Play:
     return play
 
 
+async def vanishing(scene: Scene) -> tuple[bool, bool]:
+    """500 ended with RST and 500 with FIN: (are no files left after the deadline, is the gateway as quick as ever)."""
+    files = scene.house.open_files(scene.transport)
+    for number in range(1000):
+        peer = await scene.open_raw()
+        if number % 3:
+            await peer.send(b"GET /v1/ws HT")
+        if number % 2:
+            peer.reset()
+        else:
+            peer.stream.socket.close()
+    await eventually(lambda: scene.house.open_files(scene.transport) <= files, "closed", 6.0)
+    (status, _, quick) = await answered(SMUGGLED)(scene)
+    return True, quick and status == 200
+
+
+async def offers(scene: Scene) -> tuple[bool, bool, bool]:
+    """(Is it a WebSocket, is an extension agreed, a subprotocol)."""
+    peer = await scene.open_raw()
+    many = ", ".join(f"chat.{number}" for number in range(20))
+    deflate = "permessage-deflate; client_max_window_bits"
+    await peer.send(request_head(subprotocol=many, Sec_WebSocket_Extensions=deflate))
+    head = (await peer.head()).lower()
+    return head.startswith(b"http/1.1 101 "), b"extensions" in head, b"sec-websocket-protocol" in head
+
+
+FORGED: Final = "203.0.113.99"
+
+
+async def forged_address(scene: Scene) -> tuple[list[int], bool, bool]:
+    """(Status of 51 requests in a second that say they come from elsewhere, by turns; does the log know better)."""
+    statuses = []
+    for number in range(51):
+        peer = await scene.open_raw()
+        await peer.send(request_head(X_Forwarded_For=f"203.0.113.{number}"))
+        statuses.append(int((await peer.head()).split()[1]))
+    scene.move()
+    user_id = await scene.people.user()
+    peer = await scene.open_raw()
+    await peer.send(request_head(X_Forwarded_For=FORGED))
+    assert (await peer.head()).startswith(b"HTTP/1.1 101 ")
+    await peer.send(frame(TEXT, codec.JSON.encode(auth(user_id, scene.people.tokens[user_id]))))
+    while b'"sync_complete"' not in (await peer.receive())[1]:
+        pass
+    log = scene.house.log(scene.log_name).read_text()
+    return sorted(set(statuses)), scene.address in log, FORGED in log
+
+
+async def token_in_url(scene: Scene) -> tuple[int, bool, bool]:
+    """(Status, is it said why, is the token in the log)."""
+    secret = f"secret{scene.address}"
+    received, _ = await scene.exchange(request_head(f"/v1/ws?access_token={secret}"), scene.port)
+    return status_of(received), b"token_in_url" in received, secret in scene.house.log(scene.log_name).read_text()
+
+
+def crowded(count: int) -> Play:
+    """So many WebSockets at once that say nothing: (status of all but the last, of the last, is it told how long)."""
+
+    async def play(scene: Scene) -> tuple[set[int], int, bool]:
+        heads = []
+        for _ in range(count):
+            peer = await scene.open_raw()
+            await peer.send(request_head())
+            heads.append(await peer.head())
+        *others, last = (int(head.split()[1]) for head in heads)
+        return set(others), last, b"retry-after: " in heads[-1].lower()
+
+    return play
+
+
+OURS: Final = "https://app.example.com"
+EVIL: Final = "https://evil.example"
 ROWS: Final = [
+    refusal("W-01", "another origin", 403, request_head(Origin=EVIL)),
+    *(
+        refusal("W-02", f"the origin {origin}", 403, request_head(Origin=origin))
+        for origin in (
+            "https://app.example.com.evil.com",
+            "https://evilapp.example.com",
+            "null",
+            "http://app.example.com",
+        )
+    ),
+    refusal("W-03", "no origin but a cookie", 403, request_head(Cookie="session=1")),
+    Row("W-03", "no origin", 101, upgraded(request_head()), BOTH),
+    Row(
+        "W-03",
+        "our origin and a cookie",
+        101,
+        upgraded(request_head(Origin=OURS, Cookie="a=b")),
+        BOTH,
+    ),
+    Row("W-12", "a thousand connects that vanish", (True, True), vanishing, BOTH),
+    Row("W-14", "permessage-deflate and 20 subprotocols", (True, False, False), offers, BOTH),
+    Row("W-15", "X-Forwarded-For from anybody", ([101, 429], True, False), forged_address, BOTH),
+    Row("W-16", "a token in the URL", (400, True, False), token_in_url, BOTH),
+    Row("W-17", "51 new connections in a second", ({101}, 429, True), crowded(51), BOTH),
+    Row("W-17", "201 that have not said who they are", ({101}, 429, True), crowded(201), (PATIENT,)),
     Row(
         "W-04",
         "version 8",

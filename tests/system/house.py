@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -63,15 +64,16 @@ class House:
     def gateways(self) -> list[str]:
         return list(self.urls.values())
 
-    def add_gateway(self, transport: str) -> None:
-        """One more gateway process, on this transport."""
+    def add_gateway(self, transport: str, name: str = "", settings: Mapping[str, str] = MappingProxyType({})) -> None:
+        """One more gateway process, on this transport; it goes by it, or by `name`. `settings` go before the others."""
         port = free_port()
-        settings = {"TRIREME_GATEWAY_PORT": str(port), "TRIREME_GATEWAY_TRANSPORT": transport}
-        self._programs[transport] = Program(
-            [sys.executable, "-m", "gateway"], {**self.stack.environment, **settings}, str(PROJECT)
+        own = {"TRIREME_GATEWAY_PORT": str(port), "TRIREME_GATEWAY_TRANSPORT": transport, **settings}
+        name = name or transport
+        self._programs[name] = Program(
+            [sys.executable, "-m", "gateway"], {**self.stack.environment, **own}, str(PROJECT)
         )
-        self.urls[transport] = f"ws://{HOST}:{port}{WS_PATH}"
-        self.start(transport)
+        self.urls[name] = f"ws://{HOST}:{port}{WS_PATH}"
+        self.start(name)
 
     # --- faults ------------------------------------------------------------------------------------------------------
 
