@@ -53,6 +53,15 @@ def search(stack: Stack, mark: str, also: Iterable[Path] = ()) -> Search:
     return result
 
 
+def search_files(paths: Iterable[Path], secrets: Iterable[str]) -> Search:
+    """Look through files for any of these, as they are and in the usual disguises."""
+    result = Search()
+    needles = [needle for secret in secrets for needle in disguises(secret)]
+    for path in paths:
+        _search_file(path, needles, result)
+    return result
+
+
 def disguises(mark: str) -> list[bytes]:
     """The mark in UTF-8 and UTF-16, in hexadecimal, and as it looks within Base64, wherever it begins there."""
     plain = mark.encode()

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from tests.system.house import House
 
 _addresses = count(1)
+HANDED_OUT: set[str] = set()
+"""Every token of every scene of this run: none of them may be in a log when all is over."""
 
 TELLTALES: Final = (b"Traceback", b'File "', b".py", b"pymongo", b"mongo", b"E11000", b"redis", b"hiredis", b"msgspec")
 """What no answer may hold: traces of the code and of the databases behind it."""
@@ -184,4 +186,5 @@ async def open_scene(house: House, transport: str) -> AsyncIterator[Scene]:
         try:
             yield scene
         finally:
+            HANDED_OUT.update(people.tokens.values())
             scene.close()

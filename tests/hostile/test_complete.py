@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from typing import Final
 
-from tests.hostile import rows, test_auth, test_frames, test_handshake, test_rest
+from tests.hostile import (
+    rows,
+    test_auth,
+    test_frames,
+    test_handshake,
+    test_messages,
+    test_rest,
+    test_stories,
+    test_written_logs,
+)
 
-TABLES: Final = {
-    test_handshake: rows.HANDSHAKE,
-    test_frames: rows.FRAMES,
-    test_auth: rows.AUTH,
-    test_rest: rows.REST,
-}
-PENDING: Final = {*rows.FRAMES, *rows.AUTH, *rows.MESSAGES, *rows.HANDSHAKE, *rows.REST} - {
-    row.id for table in TABLES for row in table.ROWS
-}
-"""Not written yet. Empty when the matrix is complete."""
+PARTS: Final = (
+    (rows.HANDSHAKE, [test_handshake.ROWS]),
+    (rows.FRAMES, [test_frames.ROWS]),
+    (rows.AUTH, [test_auth.ROWS]),
+    (rows.MESSAGES, [test_messages.ROWS, test_stories.ROWS]),
+    (rows.REST, [test_rest.ROWS, test_written_logs.ROWS]),
+)
+PENDING: Final = {"W-18", "H-15", "H-16", "H-17", "H-18", "H-19", "H-22"}
+"""Not written yet: TLS, media, dead letters."""
 
 
 def test_the_matrix_has_105_rows() -> None:
@@ -23,12 +31,11 @@ def test_the_matrix_has_105_rows() -> None:
 
 
 def test_every_row_stands_in_its_table() -> None:
-    for table, ids in TABLES.items():
-        written = {row.id for row in table.ROWS}
-        assert written <= set(ids), "a row of another part"
-        assert set(ids) - written <= PENDING
+    for ids, tables in PARTS:
+        written = {row.id for table in tables for row in table}
+        assert set(ids) - PENDING <= written <= set(ids)
 
 
 def test_no_two_inputs_of_a_row_have_one_name() -> None:
-    names = [(row.id, row.sent) for table in TABLES for row in table.ROWS]
+    names = [(row.id, row.sent) for _, tables in PARTS for table in tables for row in table]
     assert len(names) == len(set(names))

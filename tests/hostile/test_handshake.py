@@ -77,6 +77,19 @@ def cut_off_after(data: bytes, pause_seconds: float) -> Play:
     return play
 
 
+async def enormous(scene: Scene) -> tuple[bool, bool]:
+    """(Cut off in time, is no memory left behind)."""
+    memory = scene.house.resident_kib(scene.transport)
+    _, seconds = await scene.exchange(b"GET /v1/ws HTTP/1.1\r\nX: " + b"a" * 10_000_000, scene.port)
+    return seconds < 5, scene.house.resident_kib(scene.transport) - memory < 5_000
+
+
+async def health(scene: Scene) -> list[int]:
+    """The pages of the same port, for whoever runs it: they may name what is behind."""
+    requests = [f"GET {path} HTTP/1.1\r\nHost: a\r\n\r\n".encode() for path in PAGES]
+    return [status_of((await scene.exchange(data, scene.port, judged=False))[0]) for data in requests]
+
+
 async def vanishing(scene: Scene) -> tuple[bool, bool]:
     """500 ended with RST and 500 with FIN: (are no files left after the deadline, is the gateway as quick as ever)."""
     files = scene.house.open_files(scene.transport)
@@ -148,6 +161,7 @@ def crowded(count: int) -> Play:
 
 
 OURS: Final = "https://app.example.com"
+PAGES: Final = ("/health/live", "/health/ready", "/metrics")
 EVIL: Final = "https://evil.example"
 ROWS: Final = [
     refusal("W-01", "another origin", 403, request_head(Origin=EVIL)),
@@ -217,11 +231,13 @@ ROWS: Final = [
         431,
         lines("GET /v1/ws HTTP/1.1", *(f"X-{n:03}: {'a' * 176}" for n in range(90))),
     ),
+    Row("W-09", "a head of 10 MB", (True, True), enormous, BOTH),
     refusal("W-09", "101 header lines", 431, lines("GET /v1/ws HTTP/1.1", *(f"X-{n}: a" for n in range(101)))),
     refusal("W-09", "a URL of 8 KiB and a byte", 414, request_head("/v1/ws?" + "a" * (8193 - 7))),
     Row("W-10", "a header byte every 50 ms", (0, True, 5.0), cut_off_after(request_head() * 10, 0.05), BOTH),
     Row("W-11", "nothing", (0, True, 5.0), cut_off_after(b"", 0.0), BOTH),
     refusal("W-13", "/ws/../admin", 404, request_head("/ws/../admin")),
+    Row("W-13", "health and metrics", [200, 200, 200], health, BOTH),
     refusal("W-13", "/ws%00", 404, request_head("/ws%00")),
 ]
 

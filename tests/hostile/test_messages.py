@@ -37,6 +37,23 @@ def says(*sent: bytes | dict[str, Any]) -> Play:
     return play
 
 
+async def msgpack_garbage(scene: Scene) -> list[str | int]:
+    user_id = await scene.people.user()
+    got: list[str | int] = []
+    async with scene.talk(codec.MSGPACK) as talk:
+        await talk.log_in(user_id, scene.people.tokens[user_id])
+        for data in (
+            b"\xc1",
+            b"\xdf\xff\xff\xff\xff",
+            b"\x93\x01",
+            b"\x81\xa4type\xa5",
+            codec.MSGPACK.encode({"type": "heartbeat", "timestamp": 1}),
+        ):
+            await talk.send_bytes(data)
+            got.append(await answer(talk, scene))
+    return got
+
+
 def soft(row_id: str, sent: str, code: str, *data: bytes | dict[str, Any], transports: tuple[str, ...] = BOTH) -> Row:
     """Each of these frames is refused with this code, and the session goes on."""
     return Row(row_id, sent, [*[code] * len(data), "heartbeat_ack"], says(*data), transports)
@@ -99,6 +116,7 @@ OTHER_HOSTS: Final = (
 )
 
 ROWS: Final = [
+    Row("W-55", "no MessagePack where it is spoken", [*["bad_frame"] * 4, "heartbeat_ack"], msgpack_garbage, BOTH),
     soft(
         "W-55",
         "no JSON, an array, a string, nothing, a BOM",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
+from msgspec import UNSET
 
 from bench.http_api import Refusal
 from protocol import codec, frames
@@ -17,6 +18,7 @@ from tests.system.crowd import PATIENCE_SECONDS, Talker, crowd, eventually, mess
 
 if TYPE_CHECKING:
     from bench.phone import Phone
+    from protocol.codec import FrameCodec
     from tests.system.house import House
 
 pytestmark = [pytest.mark.trio, pytest.mark.slow]
@@ -192,3 +194,23 @@ async def test_authors_alone_hear_how_many_of_a_group_have_their_message(house: 
             path = f"/v1/conversations/{group}/messages/{message_id}/receipts"
             listed: Any = await people.api.call("GET", path, people.tokens[users[0]])
             assert {one["user_id"]: one["read"] for one in listed["items"]} == {users[1]: True, users[2]: False}
+
+
+@pytest.mark.parametrize("frame_codec", [codec.JSON, codec.MSGPACK], ids=["json", "msgpack"])
+async def test_nul_and_any_other_text_in_content_comes_back_as_it_went(
+    house: House, transport: str, frame_codec: FrameCodec
+) -> None:
+    async with crowd(house) as people:
+        user_a, user_b = await people.user(), await people.user()
+        conversation_id = await people.direct(user_a, user_b)
+        content = "a\0b \u202e \U0001f6a3 e\u0301 \ufeff \uffff $where"
+        async with (
+            talker(house.urls[transport], frame_codec) as author,
+            talker(house.urls["epoll"], codec.JSON) as reader,
+        ):
+            await author.log_in(user_a, people.tokens[user_a])
+            await reader.log_in(user_b, people.tokens[user_b])
+            await author.send(message(conversation_id, "k", content, receiver_id=user_b))
+            frame: frames.Messages = await reader.expect(frames.Messages)
+        assert [stored.content for stored in frame.payload.messages] == [content]
+        assert frame.payload.messages[0].idempotency_key is UNSET
