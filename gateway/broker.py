@@ -374,7 +374,9 @@ class RedisBroker:
         if not was_established:
             await self._check_settings(info)
         before = await self._write_lease()
-        forgotten = before is None or info.get("run_id", "") != self._run_id
+        if before is None:
+            self._run_id = ""  # kept until the stream stands again: the next try finds the lease that this one wrote
+        forgotten = info.get("run_id", "") != self._run_id
         if forgotten:
             if was_established:
                 await self._check_settings(info)
@@ -399,8 +401,10 @@ class RedisBroker:
             raise BrokerRefused(f"Redis at {self.commands.address} may evict the log: maxmemory-policy is {policy}")
         await self.commands.call("SET", keys.SHARDS, self._shards, "NX")
         stored = await self.commands.call("GET", keys.SHARDS)
+        if stored is None:
+            raise ReplyFailed("emptied between two commands")
         if stored != b"%d" % self._shards:
-            found = "nothing" if stored is None else stored.decode(errors="replace")
+            found = stored.decode(errors="replace")
             raise BrokerRefused(f"TRIREME_SHARDS is {self._shards}, but this Redis was set up with {found}")
 
     async def _write_lease(self) -> bytes | None:

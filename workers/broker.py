@@ -180,7 +180,9 @@ class Broker:
     async def agree_shards(self, shards: int) -> int:
         """Record the shard count at the first start; returns the count on record, which the caller must compare."""
         await self._run("SET", keys.SHARDS, shards, "NX")
-        return int(await self._run("GET", keys.SHARDS))
+        if (stored := await self._run("GET", keys.SHARDS)) is None:
+            raise BrokerUnavailable("emptied between two commands")
+        return int(stored)
 
     async def eviction_policy(self) -> str:
         """`maxmemory-policy`; anything but noeviction may evict a stream."""
@@ -587,7 +589,5 @@ def _settle_arguments(settlements: Sequence[Settlement]) -> tuple[list[str], lis
     argv: list[Any] = [keys.INGEST_GROUP]
     for shard, entry_ids, floor in settlements:
         stream_keys.append(keys.ingest(shard))
-        argv.append(len(entry_ids))
-        argv += entry_ids
-        argv.append(floor)
+        argv += [len(entry_ids), *entry_ids, floor]
     return stream_keys, argv

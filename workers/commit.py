@@ -179,9 +179,9 @@ class Committer:
         for item, document in zip(plan.committed, plan.documents, strict=True):
             message = item.message
             sequence, countable = message.sequence_number, document["countable"]
-            owned = self._conversations.get(message.conversation_id)
-            if owned is not None:
-                self._note_own(owned, message.sender_id, sequence, countable)
+            # Forgotten meanwhile or not: once the head is flushed, no load finds again that its sender has read so far.
+            owned = self._conversations.get(message.conversation_id) or plan.owned[message.conversation_id]
+            self._note_own(owned, message.sender_id, sequence, countable)
             is_system = message.message_type is MessageType.SYSTEM
             self._recent_places.put(document["_id"], Place(message.conversation_id, sequence, countable, not is_system))
         for message_id in plan.deleted:

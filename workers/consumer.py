@@ -31,7 +31,7 @@ from workers.shard_log import ShardLog
 from workers.store.errors import StoreUnavailable
 from workers.store.marks import HeadMark
 from workers.store.messages import from_ms
-from workers.takeover import Stage, TakeOver
+from workers.takeover import STALE_SECONDS, Stage, TakeOver
 from workers.typists import Typists
 
 if TYPE_CHECKING:
@@ -198,13 +198,17 @@ class Lane:
     async def _read_loop(self) -> None:
         backoff = 0.05
         taken_at = 0.0
+        look_at = anyio.current_time() + STALE_SECONDS
         while True:
             try:
+                if anyio.current_time() >= look_at:
+                    look_at = anyio.current_time() + STALE_SECONDS
+                    self._new_shards += await self._takeover.strangers(list(self._logs))
                 if self._new_shards:
                     await self._dead_letters.load(self._new_shards)
                 while self._new_shards:
-                    await self._takeover.read(self._new_shards[-1])
-                    self._new_shards.pop()
+                    # Taken out before the wait, in which more may be added behind it.
+                    await self._takeover.read(self._new_shards.pop())
                 await self.wait_for_room()
                 await anyio.sleep_until(taken_at + READ_SPACING_SECONDS)
                 if not self._logs:  # looked at behind the waits: a lease may have ended during them
@@ -347,7 +351,7 @@ class Lane:
                 held_back.append(entry)
                 continue
             room[entry.conversation_id] -= 1
-            if _may_end_a_stay(entry.record):
+            if entry.may_end_a_stay:
                 room[entry.conversation_id] = 0
             batch.append(entry)
             if type(entry.record) is records.SendMessage:
@@ -517,12 +521,6 @@ class Lane:
             self._keys = waiting[-KEYS_WAITING:]
             metrics.KEYS_DROPPED.inc(len(waiting) - len(self._keys))
             raise
-
-
-def _may_end_a_stay(record: records.LogRecord) -> bool:
-    return isinstance(record, records.RemoveParticipant) or (
-        isinstance(record, records.ChangeConversation) and isinstance(record.change, records.Ban)
-    )
 
 
 def _saying(outcomes: list[tuple[str, records.DownItem]]) -> Plan:

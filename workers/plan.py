@@ -71,6 +71,14 @@ class Entry:
         return self.record.conversation_id
 
     @property
+    def may_end_a_stay(self) -> bool:
+        """Is somebody no member any more behind it?"""
+        record = self.record
+        return isinstance(record, records.RemoveParticipant) or (
+            isinstance(record, records.ChangeConversation) and isinstance(record.change, records.Ban)
+        )
+
+    @property
     def key(self) -> Key:
         """What makes two entries the same one."""
         record = self.record
@@ -128,6 +136,8 @@ class Plan:
         """Keys that have a place, looked up or planned here."""
         self.keys: list[tuple[Key, str, datetime]] = []
         """(key, message id, commit time) of the clients' messages committed here, for `idempotency_keys`."""
+        self.owned: dict[str, Owned] = {}
+        """The states that the documents were planned from: they may be forgotten before the commit has come through."""
         self.fresh: set[str] = set()
         """Ids of the messages this plan commits."""
         self.again: list[Committed] = []
@@ -291,6 +301,7 @@ class Planner:
         message = drafts.place(draft, message_id, owned)
         plan.documents.append(drafts.document(message, draft, owned))
         plan.fresh.add(message_id)
+        plan.owned[owned.conversation_id] = owned
         return message
 
     def _plan_repeat(self, entry: Entry, record: records.SendMessage, owned: Owned, known: Known, plan: Plan) -> None:

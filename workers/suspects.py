@@ -27,11 +27,11 @@ class Suspects:
     def __init__(self, broker: Broker) -> None:
         self._broker = broker
 
-    async def pending(self, shard: int, after: bytes, count: int) -> list[Delivered]:
-        """The first entries of a shard behind an id (b"0" for all) that were read and not acknowledged. Looking at them
-        counts as no delivery."""
-        start = b"-" if after == b"0" else b"(" + after
-        reply = await self._broker.command("XPENDING", keys.ingest(shard), keys.INGEST_GROUP, start, "+", count)
+    async def pending(self, shard: int, after: bytes, count: int, idle_ms: int = 0) -> list[Delivered]:
+        """The first entries of a shard behind an id (b"0" for all) that were read, `idle_ms` ago at least, and not
+        acknowledged. Looking at them counts as no delivery."""
+        span = ("IDLE", idle_ms, b"-" if after == b"0" else b"(" + after, "+")
+        reply = await self._broker.command("XPENDING", keys.ingest(shard), keys.INGEST_GROUP, *span, count)
         return [Delivered(row[0], int(row[3])) for row in reply]
 
     async def read(self, shard: int, entry_id: bytes) -> StreamEntry:

@@ -32,6 +32,9 @@ POISON_DELIVERIES: Final = 5
 POISON_TRIALS: Final = 2
 """So often tried alone by owners who died of it."""
 LOOK_SECONDS: Final = 0.5
+STALE_SECONDS: Final = 3.0
+"""What was read so long ago and is not in hand came to a read that was under way when its shard moved here, or to a
+process that had stood still."""
 
 log = structlog.get_logger()
 
@@ -94,6 +97,17 @@ class TakeOver:
                 count = await self._read_some(shard, after, pending)
                 after = pending[count - 1].entry_id
                 pending = pending[count:]
+
+    async def strangers(self, shards: Sequence[int]) -> list[int]:
+        """Those of these shards that have pending entries nobody has in hand, among the first of them. Raises
+        BrokerUnavailable, GroupMissing."""
+        found = []
+        for shard in shards:
+            stale = await self._suspects.pending(shard, b"0", self._batch, int(STALE_SECONDS * 1000))
+            if any(self._host.stage(shard, entry.entry_id) is Stage.UNKNOWN for entry in stale):
+                log.warning("pending_of_nobody", shard=shard, entries=len(stale))
+                found.append(shard)
+        return found
 
     def _is_ours(self, shard: int) -> bool:
         return self._host.stage(shard, b"") is not Stage.FOREIGN

@@ -12,7 +12,10 @@ from protocol import keys, records
 from protocol.models import ConversationType
 from protocol.watermarks import chain_digest, content_hash
 from tests.workers.lanes import INSTANCE, SHARDS, crashing_lane, eventually, run_lane, settled, shown
+from tests.workers.seeding import membership
+from workers import consumer, takeover
 from workers.broker import BrokerUnavailable
+from workers.consumer import BLOCK_MS
 from workers.store.messages import OutcomeUnknown
 
 if TYPE_CHECKING:
@@ -408,3 +411,54 @@ async def test_entries_whose_read_reply_was_lost_are_found_among_the_pending(
         await eventually(lambda: settled(yard))
     assert lost
     assert [ack["payload"]["sequence_number"] for ack in acks] == [1, 2, 3, 4, 5]
+
+
+async def test_an_entry_that_came_to_who_no_longer_owns_its_shard_is_found(
+    yard: Yard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read that is under way when a shard moves takes entries along: its receipts were never told, a message waited
+    for its sender to repeat it. Simulator, seed 79."""
+    monkeypatch.setattr(takeover, "STALE_SECONDS", 0.2)
+    monkeypatch.setattr(consumer, "STALE_SECONDS", 0.2)
+    async with run_lane(yard):
+        conv = await yard.create("ann", "bob")
+        await yard.next_down(records.CommandOutcome, 1)
+        with monkeypatch.context() as patched:
+            read = yard.broker.read_ingest
+            robbed = anyio.Event()
+
+            async def rob(shards: Any, count: int, block_ms: int) -> Any:
+                entries = await read(shards, count, block_ms)
+                if entries:
+                    robbed.set()
+                return []
+
+            patched.setattr(yard.broker, "read_ingest", rob)
+            await anyio.sleep(2 * BLOCK_MS / 1000)  # the read that is under way ends
+            await yard.send(conv, "ann", "k1")
+            with anyio.fail_after(5):
+                await robbed.wait()
+        (ack,) = await yard.acks(1)
+        await eventually(lambda: settled(yard))
+    assert ack["payload"]["sequence_number"] == 1
+
+
+async def test_who_sent_has_read_so_far_though_the_state_was_forgotten_during_the_commit(
+    yard: Yard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their unread count stayed too great for good: the head was flushed and their mark was not. Simulator, seed 72."""
+    append = yard.store.messages.append
+    async with run_lane(yard) as lane:
+        conv = await yard.create("ann", "bob")
+        await yard.said(conv, "bob", "k1")
+
+        async def append_and_forget(documents: Any) -> None:
+            await append(documents)
+            lane._conversations.forget_shards(frozenset())  # as `_start_over` does when Redis came back empty
+
+        monkeypatch.setattr(yard.store.messages, "append", append_and_forget)
+        await yard.said(conv, "ann", "k2")
+    flushed = await yard.store.db["sequence_numbers"].find_one({"_id": conv})
+    assert flushed is not None
+    assert flushed["last_sequence_number"] == 2
+    assert (await membership(yard.store, conv, "ann")).read_seq == 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -47,6 +47,22 @@ async def test_pages_follow_one_another_to_the_head(store: Store) -> None:
     assert bounds(last) == (5, 10, False, None)
     assert isinstance(last, Excerpt)
     assert (last.head_sequence, last.head_digest, last.digest) == (10, log.digest, log.digest)
+
+
+async def test_a_page_never_goes_past_the_end_of_a_stay_that_ends_while_it_is_read(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who was removed between the two reads of a page was shown what was written after it. Simulator, seed 49."""
+    log = await ten(store)
+    read = store.logs._read
+
+    async def leave_and_read(*args: Any, **options: Any) -> Any:
+        await log.leave("b", 10)
+        await log.append("a")
+        return await read(*args, **options)
+
+    monkeypatch.setattr(store.logs, "_read", leave_and_read)
+    assert sequences(await store.logs.page("b", "c", 8, 100)) == [9, 10]
 
 
 async def test_a_page_behind_the_head_is_empty_and_moves_nothing(store: Store) -> None:

@@ -107,7 +107,7 @@ class Store:
         self.blocks = BlockStore(self.db)
         self.device_keys = DeviceKeyStore(client, self.db)
         self.heads = HeadReader(client, self.db)
-        self.logs = LogReader(self.db)
+        self.logs = LogReader(client, self.db)
         self.overviews = OverviewReader(client, self.db)
         self.memberships = MembershipStore(self.db)
         self.events = EventStore(self.db)

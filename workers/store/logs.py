@@ -1,11 +1,14 @@
 """Reads of a conversation's log: backlog pages, ranges, history, each as its viewer may see it.
 
-Called by the query and REST roles. Majority reads on the primary. A log has no hole but the one at its start, where
-messages have expired; so what is missing in front of the first entry found is gone for good, and the answer says so.
+Called by the query and REST roles. Each answer is of one snapshot of what a majority holds: a membership and a log read
+one after the other would show what was written after somebody had been removed. A log has no hole but the one at its
+start, where messages have expired; so what is missing in front of the first entry found is gone for good, and the
+answer says so.
 """
 
 from __future__ import annotations
 
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -18,8 +21,10 @@ from workers.store.errors import store_errors
 from workers.store.indexes import SEQUENCE_INDEX
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncIterator, Sequence
 
+    from pymongo import AsyncMongoClient
+    from pymongo.asynchronous.client_session import AsyncClientSession
     from pymongo.asynchronous.database import AsyncDatabase
 
 Document = dict[str, Any]
@@ -63,27 +68,25 @@ class _Head(NamedTuple):
 class LogReader:
     """Readers of `messages`. Every method answers NotVisible or an Excerpt, and raises StoreUnavailable."""
 
-    def __init__(self, database: AsyncDatabase[Document]) -> None:
+    def __init__(self, client: AsyncMongoClient[Document], database: AsyncDatabase[Document]) -> None:
+        self._client = client
         self._messages = database["messages"]
         self._memberships = database["memberships"]
         self._sequences = database["sequence_numbers"]
 
     async def page(self, user_id: str, conversation_id: str, after: int, limit: int) -> Excerpt | NotVisible:
         """The next `limit` messages after a sequence. `head_*` is the end of the page, the log's on the last one."""
-        with store_errors():
-            audience = await self._audience(user_id, conversation_id)
+        async with self._snapshot() as session:
+            audience = await self._audience(user_id, conversation_id, session)
             if audience is None:
                 return NotVisible()
             low, last = max(after + 1, audience.first), audience.last(_END)
-            documents, more = await self._read(conversation_id, low, last, limit)
+            documents, more = await self._read(conversation_id, low, last, limit, session)
             if not documents and low <= last:
-                # The counter is read before the log is looked at again: what it counts was committed by then, so
-                # entries up to it that are still missing have expired, and none that is just being written is skipped.
-                counted = min(await self._counted(conversation_id), last)
+                # What is counted was committed, so entries up to there that are missing have expired.
+                counted = min(await self._counted(conversation_id, session), last)
                 if counted >= low:
-                    documents, more = await self._read(conversation_id, low, last, limit)
-                    if not documents:
-                        return _empty(after + 1, counted, counted, _Head(counted, watermarks.NO_DIGEST))
+                    return _empty(after + 1, counted, counted, _Head(counted, watermarks.NO_DIGEST))
         if not documents:
             return _empty(after + 1, after, None, _Head(after, watermarks.NO_DIGEST))
         end = _Head(documents[-1]["sequence_number"], documents[-1]["digest"])
@@ -102,18 +105,18 @@ class LogReader:
         self, user_id: str, conversation_id: str, from_sequence: int, to_sequence: int
     ) -> Excerpt | NotVisible:
         """An inclusive range again, at most 500 long. What is behind the head is not accounted for: it may yet come."""
-        with store_errors():
-            audience = await self._audience(user_id, conversation_id)
+        async with self._snapshot() as session:
+            audience = await self._audience(user_id, conversation_id, session)
             if audience is None:
                 return NotVisible()
-            head = await self._head(conversation_id, audience)
+            head = await self._head(conversation_id, audience, session)
             asked = min(to_sequence, head.sequence_number)
             high = min(asked, from_sequence + SPAN - 1)
             low = max(from_sequence, audience.first)
-            documents, more = await self._read(conversation_id, low, high, SPAN)
+            documents, more = await self._read(conversation_id, low, high, SPAN, session)
             expired = _expired(documents, low)
             if not documents and low <= high:
-                expired = await self._floor(conversation_id, high) - 1
+                expired = await self._floor(conversation_id, high, session) - 1
         end = documents[-1]["sequence_number"] if more else max(high, from_sequence - 1)
         return Excerpt(
             messages=[audience.show(document) for document in documents],
@@ -128,16 +131,16 @@ class LogReader:
 
     async def history(self, user_id: str, conversation_id: str, before: int, limit: int) -> Excerpt | NotVisible:
         """The `limit` messages before a sequence. `has_more`: the log goes on before them."""
-        with store_errors():
-            audience = await self._audience(user_id, conversation_id)
+        async with self._snapshot() as session:
+            audience = await self._audience(user_id, conversation_id, session)
             if audience is None:
                 return NotVisible()
-            head = await self._head(conversation_id, audience)
+            head = await self._head(conversation_id, audience, session)
             low, high = audience.first, min(before - 1, head.sequence_number)
-            documents, more = await self._read(conversation_id, low, high, limit, backwards=True)
+            documents, more = await self._read(conversation_id, low, high, limit, session, backwards=True)
             expired = None if more else _expired(documents, low)
             if not documents and low <= high:
-                expired = await self._floor(conversation_id, high) - 1
+                expired = await self._floor(conversation_id, high, session) - 1
         return Excerpt(
             messages=[audience.show(document) for document in documents],
             from_sequence=documents[0]["sequence_number"] if more else min(low, high + 1),
@@ -167,14 +170,28 @@ class LogReader:
         }
         return [message_id for message_id in message_ids if message_id not in waiting]
 
-    # --- pieces, all inside `store_errors` ---------------------------------------------------------------------------
+    # --- pieces, all inside `_snapshot` ------------------------------------------------------------------------------
 
-    async def _audience(self, user_id: str, conversation_id: str) -> Audience | None:
-        members = await self._memberships.find({"conversation_id": conversation_id}, _MARKS).to_list()
+    @asynccontextmanager
+    async def _snapshot(self) -> AsyncIterator[AsyncClientSession]:
+        with store_errors():
+            async with self._client.start_session(snapshot=True) as session:
+                yield session
+
+    async def _audience(self, user_id: str, conversation_id: str, session: AsyncClientSession) -> Audience | None:
+        wanted = {"conversation_id": conversation_id}
+        members = await self._memberships.find(wanted, _MARKS, session=session).to_list()
         return Audience.of(user_id, members, datetime.now(UTC))
 
     async def _read(
-        self, conversation_id: str, low: int, high: int, limit: int, *, backwards: bool = False
+        self,
+        conversation_id: str,
+        low: int,
+        high: int,
+        limit: int,
+        session: AsyncClientSession,
+        *,
+        backwards: bool = False,
     ) -> tuple[list[Document], bool]:
         """Ascending documents of low..high, at most `limit` and PAGE_BYTES but at least one; True when there are more.
 
@@ -188,7 +205,8 @@ class LogReader:
         documents: list[Document] = []
         size = 0
         more = False
-        async with self._messages.find(wanted, sort=order, limit=limit + 1, hint=SEQUENCE_INDEX) as cursor:
+        found = self._messages.find(wanted, sort=order, limit=limit + 1, hint=SEQUENCE_INDEX, session=session)
+        async with found as cursor:
             async for document in cursor:
                 size += len(document["content"].encode())
                 if documents and (len(documents) == limit or size > PAGE_BYTES):
@@ -199,7 +217,7 @@ class LogReader:
             documents.reverse()
         return documents, more
 
-    async def _head(self, conversation_id: str, audience: Audience) -> _Head:
+    async def _head(self, conversation_id: str, audience: Audience, session: AsyncClientSession) -> _Head:
         """The last entry this viewer may see; of a log that has expired altogether, where it ended."""
         wanted = {"conversation_id": conversation_id, "sequence_number": {"$lte": audience.last(_END)}}
         document = await self._messages.find_one(
@@ -207,23 +225,25 @@ class LogReader:
             {"sequence_number": 1, "digest": 1},
             sort=[("conversation_id", -1), ("sequence_number", -1)],
             hint=SEQUENCE_INDEX,
+            session=session,
         )
         if document is not None:
             return _Head(document["sequence_number"], document["digest"])
-        return _Head(audience.last(await self._counted(conversation_id)), watermarks.NO_DIGEST)
+        return _Head(audience.last(await self._counted(conversation_id, session)), watermarks.NO_DIGEST)
 
-    async def _counted(self, conversation_id: str) -> int:
+    async def _counted(self, conversation_id: str, session: AsyncClientSession) -> int:
         """The last sequence that is flushed to the counter; everything up to it was committed."""
-        document = await self._sequences.find_one({"_id": conversation_id})
+        document = await self._sequences.find_one({"_id": conversation_id}, session=session)
         return 0 if document is None else int(document["last_sequence_number"])
 
-    async def _floor(self, conversation_id: str, missing: int) -> int:
+    async def _floor(self, conversation_id: str, missing: int, session: AsyncClientSession) -> int:
         """Lowest stored sequence, when all up to `missing` are known to be gone."""
         document = await self._messages.find_one(
             {"conversation_id": conversation_id, "sequence_number": {"$gt": missing}},
             {"sequence_number": 1},
             sort=[("conversation_id", 1), ("sequence_number", 1)],
             hint=SEQUENCE_INDEX,
+            session=session,
         )
         return missing + 1 if document is None else int(document["sequence_number"])
 

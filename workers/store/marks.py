@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pymongo import UpdateOne, WriteConcern
+from pymongo import UpdateOne
 
 from workers.store.conversations import escape_device
 from workers.store.errors import store_errors
@@ -55,10 +55,10 @@ class MarkStore:
 
     def __init__(self, database: AsyncDatabase[Document]) -> None:
         self._memberships = database["memberships"]
-        # Rebuilt from the log on every load, so a lost write costs a longer fold and nothing else.
-        light = WriteConcern(1)
-        self._sequences = database["sequence_numbers"].with_options(write_concern=light)
-        self._conversations = database["conversations"].with_options(write_concern=light)
+        # With majority, once a second: the gateways' sweep knows the ends of logs from here, and one that a failover
+        # took back would be missing until somebody spoke there again.
+        self._sequences = database["sequence_numbers"]
+        self._conversations = database["conversations"]
 
     async def flush_marks(self, marks: Sequence[Mark]) -> None:
         """Raise the members' marks, majority-journalled: their stream entries are acknowledged after this. Raises
