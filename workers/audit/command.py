@@ -17,7 +17,7 @@ import msgspec
 from workers.audit.auditor import Auditor
 from workers.audit.history import BadLine, read_histories
 from workers.audit.report import Findings, Report, lines
-from workers.audit.snapshot import ENTRY_FIELDS, DeadLetter, Document, Head, KeyRecord, Setting
+from workers.audit.snapshot import ENTRY_FIELDS, DeadLetter, Document, Head, KeyRecord, Setting, letter_key
 from workers.audit.spool import SHARES, Spool, share_of
 from workers.audit.streams import HIGH_WATER, read_queues
 from workers.audit.timeline import Timeline
@@ -197,7 +197,9 @@ class AuditRun:
         async for batch in self._store.evidence.keys():
             for record, message in batch:
                 auditor.take_key(KeyRecord(record=record, message=message))
-        async for document, message_id in self._store.evidence.dead_letters():
+        async for document in self._store.evidence.dead_letters():
+            key = letter_key(document)
+            message_id = None if key is None else await self._store.evidence.message_id(*key)
             auditor.take_dead_letter(DeadLetter(document=document, message_id=message_id))
         if self._broker is None:
             auditor.findings.unjudged["I12, I16"] = "Redis was not asked (--no-redis)"

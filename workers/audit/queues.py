@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from protocol.models import DLQStatus
-from workers.audit.snapshot import OPEN_LETTERS, DeadLetter, Document, KeyRecord, Queues, Setting, key_of
+from workers.audit.snapshot import OPEN_LETTERS, DeadLetter, Document, KeyRecord, Queues, Setting, key_of, letter_key
 from workers.audit.timeline import OFFLINE_SECONDS
 from workers.store.indexes import index_models
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 RETRYING_SECONDS: Final = 60
 """The lease of a claim: nothing is `retrying` for longer (I13)."""
+_STORED_REASONS: Final = ("committed as ", "its message is in the log")
+"""What a lane or a replay writes when it has seen the message (`workers/dead_letters.py`, `workers/replay.py`)."""
 _ASYNC_SLACK_SECONDS: Final = 120
 """How late the TTL monitor may be: it runs once a minute."""
 
@@ -60,7 +62,7 @@ def check_dead_letter(letter: DeadLetter, setting: Setting, findings: Findings) 
     findings.counts["dead letters"] += 1
     document = letter.document
     status = document.get("status")
-    evidence = {"entry": document["_id"], "conversation": document.get("message", {}).get("conversation_id", "")}
+    evidence = {"entry": document["_id"], "key": letter_key(document)}
     if status in OPEN_LETTERS and letter.message_id is not None:
         findings.add("I13", "an open dead letter of a stored message", **evidence, message_id=letter.message_id)
     if status not in OPEN_LETTERS and letter.message_id is None and _must_be_stored(document):
@@ -75,8 +77,8 @@ def check_dead_letter(letter: DeadLetter, setting: Setting, findings: Findings) 
 
 
 def _must_be_stored(document: Document) -> bool:
-    """Of what could not be read no message is known; what was given up by hand is not stored."""
-    return "message" in document and not str(document.get("resolved_reason", "")).startswith("discard")
+    """Of what was resolved by somebody's word, or was nothing for the log, no message need be there."""
+    return str(document.get("resolved_reason", "")).startswith(_STORED_REASONS)
 
 
 def check_indexes(indexes: dict[str, list[Document]], findings: Findings) -> None:

@@ -215,18 +215,29 @@ def of_documents(setting: Setting, collections: Mapping[str, Iterable[Document]]
         KeyRecord(record=record, message=by_id.get(record["message_id"]))
         for record in collections.get("idempotency_keys", ())
     ]
-    dead_letters = [
-        DeadLetter(
-            document=document, message_id=by_key.get(key_of(document["message"])) if "message" in document else None
-        )
-        for document in collections.get("dead_letter_queue", ())
-    ]
+    dead_letters = []
+    for document in collections.get("dead_letter_queue", ()):
+        key = letter_key(document)
+        dead_letters.append(DeadLetter(document=document, message_id=None if key is None else by_key.get(key)))
     return Snapshot(setting=setting, logs=logs, keys=keys, dead_letters=dead_letters, queues=queues)
 
 
 def key_of(document: Document) -> tuple[str, str, str]:
     """(conversation, sender, key) of a message."""
     return document["conversation_id"], document["sender_id"], document["idempotency_key"]
+
+
+def letter_key(document: Document) -> tuple[str, str, str] | None:
+    """(conversation, sender, key) of the log entry that a dead letter would become; None where that is not known. A
+    change of a message lies in the log under the server's name (`workers/plan.py`)."""
+    message = document.get("message", {})
+    names = [document.get(name) or message.get(name) for name in ("conversation_id", "sender_id", "idempotency_key")]
+    conversation_id, sender_id, key = names
+    if not (isinstance(conversation_id, str) and isinstance(sender_id, str) and isinstance(key, str)):
+        return None
+    if not message and sender_id != SYSTEM_SENDER:
+        return conversation_id, SYSTEM_SENDER, f"{sender_id}:{key}"
+    return conversation_id, sender_id, key
 
 
 def author_of(entry: Entry) -> tuple[str, str] | None:

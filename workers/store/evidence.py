@@ -151,16 +151,18 @@ class EvidenceReader:
                 found = {document["_id"]: document async for document in self._db["messages"].find(wanted, fields)}
                 yield [(record, found.get(record["message_id"])) for record in records]
 
-    async def dead_letters(self) -> AsyncIterator[tuple[Document, str | None]]:
-        """Every dead letter with the id of the stored message of its key."""
+    async def dead_letters(self) -> AsyncIterator[Document]:
+        """Every dead letter without what it holds."""
         with store_errors():
             async for document in self._db["dead_letter_queue"].find({}, {"message.content": 0, "raw": 0}):
-                message = document.get("message")
-                stored = None
-                if message is not None:
-                    names = ("conversation_id", "sender_id", "idempotency_key")
-                    stored = await self._db["messages"].find_one({name: message[name] for name in names}, {"_id": 1})
-                yield document, None if stored is None else stored["_id"]
+                yield document
+
+    async def message_id(self, conversation_id: str, sender_id: str, key: str) -> str | None:
+        """The stored message with this key."""
+        wanted = {"conversation_id": conversation_id, "sender_id": sender_id, "idempotency_key": key}
+        with store_errors():
+            found = await self._db["messages"].find_one(wanted, {"_id": 1})
+        return None if found is None else str(found["_id"])
 
 
 def retention_seconds(indexes: dict[str, list[Document]]) -> int:

@@ -253,7 +253,15 @@ def bury_what_is_stored(scene: Scene) -> None:
 
 def resolve_what_is_not_stored(scene: Scene) -> None:
     message = scene.message(PAIR, 1) | {"idempotency_key": "nowhere"}
-    scene.collections["dead_letter_queue"].append(_letter(message, status="resolved", resolved_reason="committed"))
+    scene.collections["dead_letter_queue"].append(
+        _letter(message, status="resolved", resolved_reason="committed as msg_9, number 9")
+    )
+
+
+def bury_a_change_that_is_stored(scene: Scene) -> None:
+    letter = _letter({}, status="failed", conversation_id=GROUP, sender_id=BEN, idempotency_key="e5")
+    del letter["message"]
+    scene.collections["dead_letter_queue"].append(letter)
 
 
 def retry_for_ever(scene: Scene) -> None:
@@ -462,6 +470,7 @@ SEEDED: list[tuple[Callable[[Scene], None], set[str]]] = [
     (leave_pending, {"I12"}),
     (bury_what_is_stored, {"I13"}),
     (resolve_what_is_not_stored, {"I13"}),
+    (bury_a_change_that_is_stored, {"I13"}),
     (retry_for_ever, {"I13"}),
     (retry_too_often, {"I13"}),
     (leave_a_key_open, {"I14"}),
@@ -504,6 +513,16 @@ def test_a_seeded_violation_is_named(seed: Callable[[Scene], None], expected: se
     scene = quiet_run()
     seed(scene)
     assert broken(scene) == expected
+
+
+def test_a_letter_that_somebody_has_closed_needs_no_message() -> None:
+    scene = quiet_run()
+    message = scene.message(PAIR, 1) | {"idempotency_key": "nowhere"}
+    closed = _letter(message, status="resolved", resolved_reason="sent again by phone")
+    waiting = _letter(message, status="pending") | {"_id": "dlq_2"}
+    unread = {"_id": "dlq_3", "raw": b"?", "status": "pending", "retry_count": 0, "max_retries": 5, "created_at": START}
+    scene.collections["dead_letter_queue"] += [closed, waiting, unread]
+    assert audit(scene.events, scene.snapshot()) == []
 
 
 def test_every_invariant_has_its_seed() -> None:
