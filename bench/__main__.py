@@ -17,6 +17,9 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "e2ee": ("bench.e2ee", "end-to-end encryption: Olm and Megolm on a real system, and nothing readable left behind"),
     "direct": ("bench.load", "load: durable 1:1 messages with delivery receipts"),
     "group": ("bench.group_load", "load: fan-out in full groups"),
+    "overload": ("bench.overload", "load: three times what the workers take; the rest is refused at once"),
+    "hot": ("bench.hot", "load: one conversation in which 50 people write 20 messages a second each"),
+    "slow-readers": ("bench.slow_readers", "load: 50 of 1,000 clients read nothing; the others must not notice"),
     "persist": ("bench.persist", "documents per second through the ingest worker against bare insert_many"),
     "gateway": (
         "bench.gateway_cost",

@@ -22,10 +22,11 @@ import picows
 from bench import templates
 from bench.driver_history import ConnectionHistory, DriverHistory
 from bench.echo import EchoConnect, EchoLoad, EchoRun
-from bench.phases import Closed, Paced, Phase, PhaseCommand, Rounds, Settle
+from bench.phases import Closed, Flood, Paced, Phase, PhaseCommand, Rounds, Settle
 from bench.tally import COUNTS, MARK_DIGITS, NO_MARK, Log, Reader, Violations, check_all
 from protocol import frames
 from protocol.codec import FRAME_CODECS, FrameCodec
+from protocol.errors import ErrorCode
 from protocol.models import SYSTEM_SENDER
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ class Member(msgspec.Struct):
     token: str
     receiver_id: str
     sends: bool
+    is_noise: bool = False
+    """What it sends is checked like everything else, but how long that takes is nobody's figure."""
 
 
 class Connect(msgspec.Struct, tag="connect", tag_field="do"):
@@ -80,6 +83,13 @@ class Ambient(msgspec.Struct, tag="ambient", tag_field="do"):
     """Each watches the other of its conversation, and types before it sends, once per `TYPING_SECONDS`."""
 
 
+class Stall(msgspec.Struct, tag="stall", tag_field="do"):
+    """These connections, by the order they were made in, take nothing from their sockets any more, or do again."""
+
+    connections: list[int]
+    stalled: bool
+
+
 class Check(msgspec.Struct, tag="check", tag_field="do"):
     """The final verdict over everything since the first `connect`."""
 
@@ -88,7 +98,7 @@ class Quit(msgspec.Struct, tag="quit", tag_field="do"):
     """Close all connections and end."""
 
 
-Command = Connect | Ambient | Closed | Paced | Rounds | Settle | Check | Quit | EchoConnect | EchoRun
+Command = Connect | Ambient | Closed | Paced | Flood | Rounds | Settle | Stall | Check | Quit | EchoConnect | EchoRun
 
 
 class Connection(picows.WSListener):
@@ -98,6 +108,7 @@ class Connection(picows.WSListener):
         super().__init__()
         self.reader = reader
         self.sends = member.sends
+        self.is_noise = member.is_noise
         self.in_flight = 0
         self.transport: Any = None
         self.ready = anyio.Event()
@@ -261,8 +272,26 @@ class Connection(picows.WSListener):
             if self._history is not None:
                 mark = payload.client_message_id
                 self._history.refused(int(mark) if isinstance(mark, str) and mark else None, payload)
+            if payload.code == ErrorCode.OVERLOADED and load.phase.takes_refusals:
+                self._on_refusal(payload)
+                return
             load.violations.add("refused", f"member {self.reader.index}: {payload.code}: {payload.message}")
             load.phase.fail()
+
+    def _on_refusal(self, payload: templates.ErrorPayload) -> None:
+        mark = 0 if payload.client_message_id is msgspec.UNSET else int(payload.client_message_id)
+        count = self.reader.refuse(mark)
+        if count is not None:
+            self.in_flight -= 1
+            self._load.phase.refused(self, count, payload.retry_after_ms)
+
+    def stall(self, stalled: bool) -> None:
+        """Take nothing from the socket, or take it again."""
+        below = self.transport.underlying_transport
+        if stalled:
+            below.pause_reading()
+        else:
+            below.resume_reading()
 
     def on_ws_disconnected(self, transport: picows.WSTransport) -> None:
         if self._timer is not None:
@@ -354,6 +383,11 @@ class Load:
             self.connections[place % count].send_heartbeat()
         self.call_later(AMBIENT_STEP_SECONDS, self._beat)
 
+    def stall(self, command: Stall) -> dict[str, Any]:
+        for index in command.connections:
+            self.connections[index].stall(command.stalled)
+        return {"stalled": len(command.connections) if command.stalled else 0}
+
     async def run_phase(self, command: PhaseCommand) -> dict[str, Any]:
         """Drive one phase to its end or its deadline."""
         phase = self.phase = command.phase(self, self.phase)
@@ -415,6 +449,8 @@ async def main() -> None:
                 answer = await echo.connect(command)
             case EchoRun():
                 answer = await echo.run(command)
+            case Stall():
+                answer = load.stall(command)
             case Check():
                 answer = load.check()
             case Quit():

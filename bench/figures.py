@@ -91,6 +91,18 @@ def memory_kib(pid: int) -> dict[str, int]:
     return sizes
 
 
+def forget_peak(pid: int) -> int:
+    """The greatest resident size of a process counts from now on (proc(5), `clear_refs` 5). Returns today's, in KiB."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5", "ascii")
+    return memory_kib(pid)["rss"]
+
+
+def peak_kib(pid: int) -> int:
+    """The greatest resident size of a process since `forget_peak` (proc(5), VmHWM)."""
+    status = Path(f"/proc/{pid}/status").read_text("ascii")
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM:")).split()[1])
+
+
 def machine_cpu_seconds() -> float:
     """What all processors have worked since boot (proc(5), `stat`: everything but idle, iowait and guests)."""
     fields = Path("/proc/stat").read_text("ascii").split("\n", 1)[0].split()[1:]

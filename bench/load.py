@@ -25,7 +25,7 @@ from protocol.codec import FRAME_CODECS
 from protocol.models import ConversationType
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 WARM_UP_MESSAGES: Final = 2000
 """Sent before anything is timed, so that caches, connections and indexes are those of a running system."""
@@ -69,13 +69,16 @@ def main(args: argparse.Namespace) -> int:
     return run_and_report("direct", args, lambda stack, driver: _direct(args, stack, driver))
 
 
-def run_and_report(title: str, args: argparse.Namespace, load: Any) -> int:
-    """Open stack and driver, run `load(stack, driver)`, print and write its figures. Returns the exit status."""
+def run_and_report(title: str, args: argparse.Namespace, load: Any, settings: Mapping[str, str] | None = None) -> int:
+    """Open stack and driver, run `load(stack, driver)`, print and write its figures. Returns the exit status.
+
+    `settings`: of the own stack's processes, over its defaults.
+    """
     if args.content_bytes < MIN_CONTENT_BYTES:
         print(f"--content-bytes must be at least {MIN_CONTENT_BYTES}: the content carries a mark", file=sys.stderr)
         return 2
     try:
-        with open_stack(args.attach, args.gateways) as stack, open_driver() as driver:
+        with open_stack(args.attach, args.gateways, settings) as stack, open_driver() as driver:
             found = load(stack, driver)
             if args.history:
                 found |= _audit(stack, args.history, found["verdict"])
@@ -100,12 +103,12 @@ def _audit(stack: Stack, file: str, verdict: str | list[str]) -> dict[str, Any]:
 
 
 @contextmanager
-def open_stack(attached: bool, gateways: int = 1) -> Iterator[Stack]:
+def open_stack(attached: bool, gateways: int = 1, settings: Mapping[str, str] | None = None) -> Iterator[Stack]:
     """The running stack, or one of our own for as long as the block lasts. Raises StackError, ServicesError."""
     if attached:
         yield attach()
     else:
-        with run_stack(gateways=gateways) as stack:
+        with run_stack(gateways=gateways, settings=settings) as stack:
             yield stack
 
 
@@ -131,9 +134,18 @@ def _direct(args: argparse.Namespace, stack: Stack, driver: DriverProcess) -> di
 
 
 def connect_all(
-    args: argparse.Namespace, stack: Stack, driver: DriverProcess, community: Community, senders: int
+    args: argparse.Namespace,
+    stack: Stack,
+    driver: DriverProcess,
+    community: Community,
+    senders: int,
+    *,
+    receipts: bool = True,
 ) -> list[str]:
-    """Connect every account; the first `senders` of each conversation send. Returns what went wrong."""
+    """Connect every account; the first `senders` of each conversation send. Returns what went wrong.
+
+    `receipts`: must every message have its receipt in the end?
+    """
     members = [
         Member(
             conversation=index,
@@ -155,6 +167,7 @@ def connect_all(
         content_bytes=args.content_bytes,
         ack_every=MESSAGES_PER_ACK[args.ack],
         history=args.history or "",
+        receipts=receipts,
     )
     answer = driver.command(command, command.timeout_seconds)
     if answer["connected"] == len(members):

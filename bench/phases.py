@@ -44,15 +44,22 @@ class Phase:
         self.message_frames = 0
         """`messages` frames that carried the deliveries: several messages of a conversation may share one."""
 
+    takes_refusals = False
+    """Is an `overloaded` an answer like another? Otherwise it is a violation."""
+
     def start(self) -> None:
         """Begin to send."""
+
+    def refused(self, connection: Connection, count: int, retry_after_ms: int) -> None:
+        """A message was answered with `overloaded`."""
 
     def heartbeat(self) -> None:
         """A `heartbeat_ack` came."""
 
     def acked(self, connection: Connection, count: int) -> None:
         now = monotonic()
-        self.ack.add(now - connection.reader.intended[count])
+        if not connection.is_noise:
+            self.ack.add(now - connection.reader.intended[count])
         self.acks_left -= 1
         if self.acks_left <= 0:
             self._check(now)
@@ -60,7 +67,9 @@ class Phase:
     def delivered(self, member: int, count: int) -> None:
         """Somebody else got message `count` of `member`."""
         now = monotonic()
-        self.delivery.add(now - self.load.connections[member].reader.intended[count])
+        sender = self.load.connections[member]
+        if not sender.is_noise:
+            self.delivery.add(now - sender.reader.intended[count])
         self.deliveries_left -= 1
         if self.deliveries_left <= 0:
             self._check(now)
@@ -176,6 +185,80 @@ class PacedPhase(Phase):
             self.load.call_later(PACE_SECONDS, self._step)
 
 
+class FloodPhase(Phase):
+    """Sends by the clock for some seconds, whatever is refused; over when everything that was sent has its answer.
+
+    A refused message is given up. Latencies count from when it was really written: what is measured is the server's
+    answer, and a client that is not let in has nothing to be late with.
+    """
+
+    takes_refusals = True
+
+    def __init__(self, load: Load, rate: float, seconds: float) -> None:
+        super().__init__(load, 0)
+        self._rate = rate
+        self._seconds = seconds
+        self._refusal = Latencies()
+        self._untold = 0
+        self._acks: list[int] = []
+        """Of each second since the start."""
+        self._sending = True
+
+    def start(self) -> None:
+        self._senders = [connection for connection in self.load.connections if connection.sends]
+        members: dict[int, int] = {}
+        for connection in self.load.connections:
+            members[id(connection.reader.log)] = members.get(id(connection.reader.log), 0) + 1
+        self._others = {sender: members[id(sender.reader.log)] - 1 for sender in self._senders}
+        self.receipts_left = 0
+        self._begin()
+        self._step()
+
+    def _step(self) -> None:
+        elapsed = monotonic() - self.began
+        due = int(min(elapsed, self._seconds) * self._rate)
+        senders = self._senders
+        for number in range(self.messages, due):
+            sender = senders[number % len(senders)]
+            self.acks_left += 1
+            self.deliveries_left += self._others[sender]
+            sender.send_message(monotonic())
+        self.messages = due
+        self._sending = elapsed < self._seconds
+        if not self._sending:
+            self._check(monotonic())
+        elif not self.over.is_set():
+            self.load.call_later(PACE_SECONDS, self._step)
+
+    def acked(self, connection: Connection, count: int) -> None:
+        second = int(monotonic() - self.began)
+        self._acks.extend([0] * (second + 1 - len(self._acks)))
+        self._acks[second] += 1
+        super().acked(connection, count)
+
+    def refused(self, connection: Connection, count: int, retry_after_ms: int) -> None:
+        now = monotonic()
+        self._refusal.add(now - connection.reader.intended[count])
+        self._untold += retry_after_ms <= 0
+        self.acks_left -= 1
+        self.deliveries_left -= self._others[connection]
+        self._check(now)
+
+    def _check(self, now: float) -> None:
+        if not self._sending:
+            super()._check(now)
+
+    def result(self) -> dict[str, Any]:
+        refusals = len(self._refusal.samples_seconds)
+        return super().result() | {
+            "refused": refusals,
+            "refused_ms": self._refusal.summary_ms(),
+            "refused_without_wait": self._untold,
+            "acks_of_seconds": self._acks,
+            "drained_seconds": max(0.0, self.ended - self.began - self._seconds),
+        }
+
+
 class RoundsPhase(Phase):
     """One message per sender and round, each round closed by one heartbeat, whose answer says the session took them."""
 
@@ -240,6 +323,15 @@ class Paced(msgspec.Struct, tag="paced", tag_field="do"):
         return PacedPhase(load, self.messages, self.rate)
 
 
+class Flood(msgspec.Struct, tag="flood", tag_field="do"):
+    rate: float
+    seconds: float
+    timeout_seconds: float
+
+    def phase(self, load: Load, before: Phase) -> Phase:
+        return FloodPhase(load, self.rate, self.seconds)
+
+
 class Rounds(msgspec.Struct, tag="rounds", tag_field="do"):
     messages: int
     timeout_seconds: float
@@ -255,4 +347,4 @@ class Settle(msgspec.Struct, tag="settle", tag_field="do"):
         return SettlePhase(load, before)
 
 
-PhaseCommand = Closed | Paced | Rounds | Settle
+PhaseCommand = Closed | Paced | Flood | Rounds | Settle

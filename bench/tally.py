@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 MARK_DIGITS: Final = 14
 """Six for the member, eight for the count of its messages."""
 COUNTS: Final = 10**8
+REFUSED: Final = -1
+"""In the place of a sequence: the server said that it has not taken this message."""
 NO_MARK: Final = -1
 """A message of no member: a system message of the log."""
 SHOWN_VIOLATIONS: Final = 50
@@ -88,7 +90,7 @@ class Reader:
         self.intended = array("d")
         """When each message of its own was due to be sent, monotonic seconds; the place in the array is its count."""
         self.acked = array("q")
-        """The sequence each was acknowledged with; 0: not yet."""
+        """The sequence each was acknowledged with; 0: not yet, or `REFUSED`."""
         self.receipted = 0
         """How many of its own messages, from the first on, a receipt has covered."""
         self.through = 0
@@ -136,6 +138,15 @@ class Reader:
         self.acked[count] = sequence
         return count
 
+    def refuse(self, mark: int) -> int | None:
+        """An `error` for a message. Returns its count where it is the first answer to it."""
+        member, count = divmod(mark, COUNTS)
+        if member != self.index or count >= len(self.acked) or self.acked[count]:
+            self._violations.add("ack contradicted", f"{self._name()} got an error for mark {mark}")
+            return None
+        self.acked[count] = REFUSED
+        return count
+
     def receipt(self, delivered_through: int, read_through: int) -> range:
         """A `receipt_update`. Returns the counts of own messages it is the first to cover."""
         if delivered_through < self.through or read_through < self.read:
@@ -147,7 +158,7 @@ class Reader:
         self.read = max(self.read, read_through)
         first = count = self.receipted
         acked = self.acked
-        while count < len(acked) and 0 < acked[count] <= self.through:
+        while count < len(acked) and acked[count] and acked[count] <= self.through:
             count += 1
         self.receipted = count
         return range(first, count)

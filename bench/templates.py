@@ -134,6 +134,7 @@ class ErrorPayload(msgspec.Struct, gc=False):
     message: str
     retryable: bool = False
     client_message_id: str | UnsetType = UNSET
+    retry_after_ms: int = 0
 
 
 class Error(_Lean, tag="error", gc=False):

@@ -19,7 +19,7 @@ from gateway.receipts import Mark, ReceiptCollector
 from gateway.registry import Attachment, RegistryScripts
 from gateway.subscriptions import Listener, Subscriptions
 from gateway.wire import Address, ReplyFailed, Wire, WireError, WireFull, is_out_of_memory, pack
-from gateway.workload import Workload
+from gateway.workload import Look, Workload
 from protocol import keys, records
 from protocol.codec import (
     decode_down,
@@ -78,6 +78,10 @@ class Receiver(Listener, Protocol):
     @property
     def load(self) -> int:
         """Connections here, for the instance's lease."""
+
+    @property
+    def outcomes(self) -> int:
+        """Messages of clients here that have had their outcome, since the start."""
 
 
 class Broker(Protocol):
@@ -156,7 +160,7 @@ class RedisBroker:
         self._endpoint = endpoint
         self._wall_ms = wall_ms
         self._down_key = keys.down(instance_id)
-        self.workload = Workload(shards, high_water, max_backlog)
+        self.workload = Workload(shards, high_water, max_backlog, self._outcomes)
         self._ingest_prefix = [_xadd_prefix(keys.ingest(shard)) for shard in range(shards)]
         self._query_prefix = _xadd_prefix(keys.QUERY, b"MAXLEN", b"~", b"%d" % _QUERY_MAXLEN)
         self._registry = RegistryScripts(instance_id)
@@ -437,9 +441,12 @@ class RedisBroker:
         if reply == 0 and self._leased:
             self._renew_due.set()
 
-    def _note_backlog(self, context: tuple[int, int], reply: Any) -> None:
+    def _note_backlog(self, look: Look, reply: Any) -> None:
         if type(reply) is int:
-            self.workload.seen(context, reply)
+            self.workload.seen(look, reply)
+
+    def _outcomes(self) -> int:
+        return self._receiver.outcomes
 
     async def _flush_receipts(self) -> None:
         while True:

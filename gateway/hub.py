@@ -147,6 +147,11 @@ class Hub:
         return len(self._connections)
 
     @property
+    def outcomes(self) -> int:
+        """See `Receiver.outcomes`."""
+        return self.counts.outcomes
+
+    @property
     def in_flight(self) -> int:
         """Messages without an outcome, over all connections."""
         return sum(len(c.session.in_flight) for c in self._connections.values() if c.session.in_flight)

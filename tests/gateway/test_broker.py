@@ -31,6 +31,7 @@ class Recorder:
     """Implements `broker.Receiver`."""
 
     load = 3
+    outcomes = 0
 
     def __init__(self) -> None:
         self.items: list[records.DownItem] = []
@@ -398,7 +399,7 @@ async def test_a_late_detach_leaves_the_newer_connection_alone(broker: RedisBrok
 
 def test_detaches_are_kept_up_to_a_bound_while_redis_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
     """One for each device however often it came and went; past the bound their hour's lifetime ends them."""
-    monkeypatch.setattr("gateway.broker._PENDING_DETACHES", 3)
+    monkeypatch.setattr("gateway.broker.PENDING_DETACHES", 3)
     broker = make_broker(Address("127.0.0.1", 1, "", "", 0), "gw_1")
     for number in range(10):
         broker.detach(Attachment("usr_a", "d1", number, 1000))
