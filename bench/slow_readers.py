@@ -8,6 +8,7 @@ is the same in both kinds of turns, within 10 %; and the gateway grew by no more
 
 from __future__ import annotations
 
+import urllib.request
 from statistics import median
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,6 +17,7 @@ from bench.accounts import Community, create_community
 from bench.driver import Connect, Member, Stall
 from bench.load import PHASE_SECONDS, add_load_arguments, connect_all, run_and_report, verdict, warm_up
 from bench.phases import Paced, Settle
+from bench.stack import WS_PATH
 from protocol.codec import FRAME_CODECS
 from protocol.models import ConversationType
 
@@ -31,14 +33,17 @@ SLACK_MS: Final = 2.0
 OUTBOX_KIB: Final = 1024
 OTHERS_KIB: Final = 20 * 1024
 """What a gateway grows by under load without any slow reader."""
-NOISE_BYTES: Final = 16_384
+NOISE_BYTES: Final = 40_000
+"""So much that the sockets' buffers on both sides, some megabytes, are full within a few seconds."""
+CATCH_UPS: Final = "gateway_catch_ups_total"
+"""Live frames that were not written to somebody who is behind."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `slow-readers`."""
     parser.add_argument("--connections", type=int, default=1000, help="in all")
     parser.add_argument("--slow", type=int, default=50, help="of them, at most 75")
-    parser.add_argument("--noise", type=int, default=20, help="great messages a second into the group of the slow ones")
+    parser.add_argument("--noise", type=int, default=15, help="great messages a second into the group of the slow ones")
     parser.add_argument("--rate", type=float, default=500.0, help="messages per second of the pairs")
     parser.add_argument("--seconds", type=float, default=15.0, help="of a turn; below 30, where the slow are cut off")
     parser.add_argument("--turns", type=int, default=3, help="of each kind")
@@ -64,17 +69,21 @@ def _run(args: argparse.Namespace, stack: Stack, driver: DriverProcess) -> dict[
     slow = list(range(first, first + args.slow))
     turns: dict[bool, list[dict[str, float]]] = {False: [], True: []}
     grown: dict[bool, int] = {False: 0, True: 0}
+    dropped = 0
     gateways = stack.pids.get("gateway", [])
     for number in range(args.turns):
         for stalled in (False, True) if number % 2 == 0 else (True, False):
             before = [figures.forget_peak(pid) for pid in gateways]
+            dropped_before = _dropped(stack)
             answer = _turn(args, driver, pairs + talkers, pairs, slow if stalled else [])
+            dropped += (_dropped(stack) - dropped_before) if stalled else 0
             if not answer["finished"]:
                 return {"verdict": verdict(driver, answer)}
             turns[stalled].append({"ack": answer["ack_ms"]["p99"], "delivered": answer["delivered_ms"]["p99"]})
             peaks = [figures.peak_kib(pid) - was for pid, was in zip(gateways, before, strict=True)]
             grown[stalled] = max([grown[stalled], *peaks])
-    return _judge(args, driver, turns, grown)
+    found = _judge(args, driver, turns, grown) | {"dropped_for_the_slow": dropped}
+    return found if dropped else found | {"verdict": ["nobody was slow: the sockets took it all"]}
 
 
 def _connect_crowd(
@@ -96,6 +105,17 @@ def _connect_crowd(
     )
     connected = driver.command(command, command.timeout_seconds)["connected"]
     return [] if connected == len(members) else [f"refused: {connected} of {len(members)} of the group connected"]
+
+
+def _dropped(stack: Stack) -> int:
+    """`CATCH_UPS` of all gateways together."""
+    total = 0.0
+    for url in stack.ws_urls:
+        page = url.replace("ws://", "http://").removesuffix(WS_PATH) + "/metrics"
+        with urllib.request.urlopen(page, timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        total += sum(float(line.split(" ")[1]) for line in lines if line.startswith(CATCH_UPS + " "))
+    return int(total)
 
 
 def _turn(args: argparse.Namespace, driver: DriverProcess, senders: int, pairs: int, slow: list[int]) -> dict[str, Any]:
