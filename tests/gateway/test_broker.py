@@ -253,7 +253,8 @@ async def test_a_shard_past_its_high_water_mark_takes_no_message_and_the_others_
     broker = make_broker(address, high_water=3)
     await nursery.start(broker.run, receiver)
     assert [broker.publish(send(f"k{number}")) for number in range(3)] == [None] * 3
-    await eventually(lambda: broker.workload.backlog[SHARD] == 3)
+    assert broker.workload.backlog[SHARD] == 3
+    await eventually(lambda: broker.commands.outstanding == 0)
     assert broker.publish(send("k4")) is ErrorCode.OVERLOADED
     elsewhere = msgspec.structs.replace(send("k5"), conversation_id="conv_2")
     assert broker.publish(elsewhere) is None
