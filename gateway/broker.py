@@ -52,6 +52,8 @@ _RENEW_SECONDS: Final = 2.5
 """Four renewals within the lease's 10 s. Whoever's lease has ended is buried by a worker: its users are offline."""
 PENDING_DETACHES: Final = 100_000
 """Detachments kept while Redis is away; past it the entries' own lifetime ends them."""
+_OLDEST_REDIS: Final = 7
+"""Trimmed entries leave the pending list since then (reliability.md section 10.5)."""
 _QUERY_MAXLEN: Final = 10_000
 """A lost query is asked again, so its stream may be capped (protocol/keys.py)."""
 
@@ -400,6 +402,9 @@ class RedisBroker:
         return True
 
     async def _check_settings(self, info: dict[str, str]) -> None:
+        version = info.get("redis_version", "7")
+        if int(version.partition(".")[0]) < _OLDEST_REDIS:
+            raise BrokerRefused(f"Redis at {self.commands.address} is version {version}; {_OLDEST_REDIS} is needed")
         policy = info.get("maxmemory_policy", "noeviction")
         if policy != "noeviction":
             raise BrokerRefused(f"Redis at {self.commands.address} may evict the log: maxmemory-policy is {policy}")

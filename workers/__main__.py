@@ -23,9 +23,11 @@ import anyio
 import anyio.abc
 import structlog
 
-from workers import metrics
+from workers import inspection, metrics
 from workers.breaker import probe
 from workers.broker import Broker, BrokerUnavailable, open_broker
+from workers.fitness import Finding, Level, judge_mongodb, judge_redis
+from workers.readiness import Readiness
 from workers.settings import SettingError, Settings, load_settings
 from workers.store import Store, StoreUnfit, open_store
 from workers.store.errors import StoreUnavailable
@@ -44,6 +46,7 @@ ROLES: Final = {
 COMMANDS: Final = {
     "audit": "workers.audit.command",
     "dlq": "workers.dlq",
+    "doctor": "workers.doctor",
     "keygen": "workers.keygen",
 }
 """In place of a role: command → module with `main(arguments, environ) -> exit status`. Imported only when asked for."""
@@ -108,13 +111,26 @@ async def open_fit_broker(url: str, shards: int) -> AsyncIterator[Broker]:
     """The broker, once Redis answers and has agreed to the shard count. Raises BrokerUnavailable, SettingError."""
     async with open_broker(url) as broker:
         await broker.ping()
-        policy = await broker.eviction_policy()
-        if policy != "noeviction":
-            raise SettingError(f"Redis has maxmemory-policy {policy}: it may evict a stream; set noeviction")
-        recorded = await broker.agree_shards(shards)
-        if recorded != shards:
-            raise SettingError(f"TRIREME_SHARDS is {shards}, but this installation was started with {recorded}")
+        await broker.agree_shards(shards)
+        _heed(judge_redis(await inspection.condition(broker), shards))
         yield broker
+
+
+@asynccontextmanager
+async def open_fit_store(url: str, retention_days: int) -> AsyncIterator[Store]:
+    """The store, once MongoDB answers and is fit for it. Raises StoreUnavailable, StoreUnfit, SettingError."""
+    async with open_store(url, retention_days) as store:
+        _heed(judge_mongodb(await store.condition()))
+        yield store
+
+
+def _heed(findings: Sequence[Finding]) -> None:
+    """Say what is doubtful. Raises SettingError for what must not be: one line."""
+    for finding in findings:
+        if finding.level is Level.BAD:
+            raise SettingError(finding.line)
+        if finding.level is Level.DOUBTFUL:
+            log.warning("server_doubtful", subject=finding.subject, what=finding.what, advice=finding.advice)
 
 
 async def _watch_signals(
@@ -140,18 +156,19 @@ async def _run_roles(
             group.start_soon(role, settings, store, broker, stopping, name=f"role {name}")
 
 
-async def _run_process(settings: Settings, names: Sequence[str]) -> None:
+async def _run_process(settings: Settings, names: Sequence[str], readiness: Readiness) -> None:
     started, stopping = anyio.Event(), anyio.Event()
     async with anyio.create_task_group() as group:
         with anyio.CancelScope() as roles:
             group.start_soon(_watch_signals, started, stopping, settings.drain_seconds, roles, name="signals")
             async with (
                 open_when_ready(
-                    "mongodb", lambda: open_store(settings.mongodb_url, settings.message_retention_days)
+                    "mongodb", lambda: open_fit_store(settings.mongodb_url, settings.message_retention_days)
                 ) as store,
                 open_when_ready("redis", lambda: open_fit_broker(settings.redis_url, settings.shards)) as broker,
             ):
                 started.set()
+                group.start_soon(readiness.watch, store, broker, name="readiness")
                 group.start_soon(probe, store.breaker, store.ping, StoreUnavailable, name="mongodb probe")
                 group.start_soon(probe, broker.breaker, broker.ping, BrokerUnavailable, name="redis probe")
                 log.info("worker_started", roles=list(names), pid=os.getpid())
@@ -168,11 +185,12 @@ def main(arguments: Sequence[str]) -> int:
         command: Callable[[Sequence[str], Mapping[str, str]], int]
         command = importlib.import_module(COMMANDS[arguments[0]]).main
         return command(arguments[1:], os.environ)
+    readiness = Readiness()
     try:
         names = parse_roles(arguments)
         settings = load_settings(os.environ, names)
         if settings.worker_metrics_port is not None:
-            metrics.serve(settings.worker_metrics_port)
+            metrics.serve(settings.worker_metrics_port, lambda: readiness.missing)
     except (SettingError, metrics.PortTaken) as error:
         _say(error)
         return 2
@@ -180,7 +198,7 @@ def main(arguments: Sequence[str]) -> int:
     _quieten_collector()
     status = 0
     try:
-        anyio.run(_run_process, settings, names, backend_options={"use_uvloop": True})
+        anyio.run(_run_process, settings, names, readiness, backend_options={"use_uvloop": True})
     except* (StoreUnfit, SettingError) as group:
         for unfit in _leaves(group):
             _say(unfit)

@@ -130,7 +130,7 @@ def _named_errors() -> Iterator[None]:
         raise BrokerUnavailable(str(error)[:200]) from error
     except redis.exceptions.ResponseError as error:
         text = str(error)
-        if text.startswith("NOGROUP") or "requires the key to exist" in text:
+        if text.startswith("NOGROUP") or "requires the key to exist" in text or "no such key" in text:
             raise GroupMissing(text) from error
         if isinstance(error, redis.exceptions.OutOfMemoryError) or text.startswith(
             ("OOM", "LOADING", "BUSY ", "READONLY", "MISCONF", "UNBLOCKED", "MASTERDOWN", "NOREPLICAS")
@@ -183,13 +183,6 @@ class Broker:
         if (stored := await self._run("GET", keys.SHARDS)) is None:
             raise BrokerUnavailable("emptied between two commands")
         return int(stored)
-
-    async def eviction_policy(self) -> str:
-        """`maxmemory-policy`; anything but noeviction may evict a stream."""
-        reply = await self._run("CONFIG", "GET", "maxmemory-policy")
-        values = reply if isinstance(reply, dict) else dict(zip(reply[::2], reply[1::2], strict=True))
-        value = next(iter(values.values()), b"noeviction")
-        return value.decode() if isinstance(value, bytes) else str(value)
 
     # --- ingest ------------------------------------------------------------------------------------------------------
 

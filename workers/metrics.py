@@ -6,9 +6,17 @@ Imported by the roles; `serve` opens the optional port of a worker process, the 
 
 from __future__ import annotations
 
-from typing import Final
+from threading import Thread
+from typing import TYPE_CHECKING, Final
+from wsgiref.simple_server import WSGIRequestHandler, make_server
 
-from prometheus_client import Counter, Gauge, Histogram, start_http_server
+import msgspec
+from prometheus_client import Counter, Gauge, Histogram, make_wsgi_app
+from prometheus_client.exposition import ThreadingWSGIServer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 _READ_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 
@@ -70,9 +78,34 @@ class PortTaken(Exception):
     """The metrics port cannot be opened; one line."""
 
 
-def serve(port: int) -> None:
-    """Serve the registry on a port of the loopback interface, from a thread of the library. Raises PortTaken."""
+def serve(port: int, missing: Callable[[], Sequence[str]]) -> None:
+    """Serve the registry, /health/live and /health/ready on a port of the loopback interface, from a thread of its own.
+
+    `missing`: what readiness lacks. Raises PortTaken.
+    """
     try:
-        start_http_server(port, addr="127.0.0.1")
+        server = make_server("127.0.0.1", port, _pages(missing), ThreadingWSGIServer, _Silent)
     except OSError as error:
         raise PortTaken(f"TRIREME_WORKER_METRICS_PORT {port} cannot be opened: {error.strerror}") from error
+    Thread(target=server.serve_forever, name="metrics", daemon=True).start()
+
+
+def _pages(missing: Callable[[], Sequence[str]]) -> WSGIApplication:
+    registry: WSGIApplication = make_wsgi_app()
+
+    def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        path = environ.get("PATH_INFO", "")
+        if not path.startswith("/health/"):
+            return registry(environ, start_response)
+        lacking = list(missing()) if path == "/health/ready" else []
+        status = "503 Service Unavailable" if lacking else "200 OK"
+        body = {"status": "not_ready", "missing": lacking} if lacking else {"status": "ok"}
+        start_response(status, [("Content-Type", "application/json")])
+        return [msgspec.json.encode(body)]
+
+    return answer
+
+
+class _Silent(WSGIRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the library's name
+        """Nobody reads who scraped."""

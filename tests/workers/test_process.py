@@ -11,7 +11,7 @@ import time
 import urllib.request
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 
 import redis
 
@@ -103,7 +103,7 @@ def test_another_shard_count_than_the_recorded_one_refuses_to_start(redis_url: s
         _, stderr = refused.communicate(timeout=STARTED_SECONDS)
     assert (refused.returncode, stderr) == (
         2,
-        "workers: TRIREME_SHARDS is 4, but this installation was started with 8\n",
+        "workers: TRIREME_SHARDS is 4, but this installation was started with 8; set TRIREME_SHARDS=8 everywhere\n",
     )
 
 
@@ -119,3 +119,37 @@ def test_a_redis_that_may_evict_is_refused(redis_url: str, mongodb_url: str) -> 
             client.config_set("maxmemory-policy", before)
     assert refused.returncode == 2
     assert stderr == "workers: Redis has maxmemory-policy allkeys-lru: it may evict a stream; set noeviction\n"
+
+
+def page(port: int, path: str) -> tuple[int, Any]:
+    """Status and JSON of a health page; (0, None) while nobody listens."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=2) as answer:
+            return answer.status, json.loads(answer.read())
+    except HTTPError as error:
+        return error.code, json.loads(error.read())
+    except (URLError, ConnectionError):
+        return 0, None
+
+
+def wait_for_page(port: int, wanted: tuple[int, Any]) -> None:
+    deadline = time.monotonic() + STARTED_SECONDS
+    while (seen := page(port, "/health/ready")) != wanted:
+        assert time.monotonic() < deadline, seen
+        time.sleep(0.05)
+
+
+def test_a_worker_says_on_its_metrics_port_what_it_lacks(redis_url: str, mongodb_url: str) -> None:
+    nobody, port = free_port(), free_port()
+    away = {
+        "TRIREME_MONGODB_URL": f"mongodb://127.0.0.1:{nobody}/x?directConnection=true",
+        "TRIREME_REDIS_URL": redis_url,
+        "TRIREME_WORKER_METRICS_PORT": str(port),
+    }
+    with process("query", **away):
+        wait_for_page(port, (503, {"status": "not_ready", "missing": ["mongodb", "redis"]}))
+        assert page(port, "/health/live") == (200, {"status": "ok"})
+    with process("query", **{**away, "TRIREME_MONGODB_URL": mongodb_url}):
+        wait_for_page(port, (200, {"status": "ok"}))
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=2) as answer:
+            assert b"trireme_breaker_state" in answer.read()

@@ -439,6 +439,7 @@ async def test_a_store_that_is_away_is_a_503_without_detail(settings: Settings, 
     assert "retry-after" in refused.headers
     assert "127.0.0.1" not in refused.text
     assert (ready.status_code, live.status_code) == (503, 200)
+    assert ready.json() == {"status": "not_ready", "missing": ["mongodb"]}
 
 
 async def test_a_bug_is_a_500_without_detail(rest: Rest, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

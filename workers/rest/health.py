@@ -3,21 +3,21 @@ machine, and for whoever has the administrator's token."""
 
 from __future__ import annotations
 
-import anyio
 import msgspec
 from litestar import Response, get
+from msgspec import UNSET, UnsetType
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from workers.broker import BrokerUnavailable
+from workers.readiness import missing
 from workers.rest.access import metrics_guard
 from workers.rest.desk import DeskDependency
-from workers.store.errors import StoreUnavailable
-
-_READY_SECONDS = 2.0
 
 
 class Health(msgspec.Struct, frozen=True):
+    """`missing`: mongodb, redis, instance (this process' lease, by which others answer it)."""
+
     status: str
+    missing: list[str] | UnsetType = UNSET
 
 
 @get("/health/live", summary="Is the process alive")
@@ -29,14 +29,9 @@ async def live() -> Health:
 @get("/health/ready", opt={"answers": {503: Health}}, summary="Can requests be served")
 async def ready(desk: DeskDependency) -> Response[Health]:
     """503 while MongoDB, Redis or this instance's lease is away."""
-    try:
-        with anyio.fail_after(_READY_SECONDS):
-            await desk.store.ping()
-            await desk.broker.ping()
-    except (StoreUnavailable, BrokerUnavailable, TimeoutError):
-        return Response(Health("unavailable"), status_code=503)
-    if not desk.instance.alive:
-        return Response(Health("no_lease"), status_code=503)
+    lacking = [*await missing(desk.store, desk.broker), *([] if desk.instance.alive else ["instance"])]
+    if lacking:
+        return Response(Health("not_ready", lacking), status_code=503)
     return Response(Health("ok"))
 
 

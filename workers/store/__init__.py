@@ -31,6 +31,7 @@ from pymongo.write_concern import WriteConcern
 from workers.breaker import Breaker
 from workers.store.blocks import BlockStore
 from workers.store.changes import ChangeStore
+from workers.store.condition import Condition, look
 from workers.store.contacts import ContactStore
 from workers.store.conversations import ConversationStore
 from workers.store.dead_letters import DeadLetterStore
@@ -114,6 +115,10 @@ class Store:
         self.media = MediaStore(self.db)
         self.search = SearchReader(self.db)
         self.evidence = EvidenceReader(client, self.db)
+
+    async def condition(self) -> Condition:
+        """The server's state. Raises StoreUnavailable."""
+        return await look(self.client, self.db)
 
     async def ping(self) -> None:
         """Round trip to the primary. Raises StoreUnavailable."""
