@@ -296,7 +296,9 @@ class Conversations:
     def __init__(self, store: ConversationStore) -> None:
         self._store = store
         self._owned: dict[str, Owned] = {}
-        self._loading = anyio.Lock()
+        self.loading = anyio.Lock()
+        """Held by a load, and by a flush of marks: what was read before one must not stand for what is there behind it.
+        """
         self._forgets = 0
         """Times that states were dropped: what was being read meanwhile is read again."""
         self.dirty: dict[tuple[str, str], Member] = {}
@@ -319,7 +321,7 @@ class Conversations:
         if all(name in self._owned for name in shard_of):
             return
         # Writer and teller both load: what one of them read must not replace what the other has moved on since.
-        async with self._loading:
+        async with self.loading:
             while missing := [name for name in shard_of if name not in self._owned]:
                 forgets = self._forgets
                 found = [

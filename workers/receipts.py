@@ -237,6 +237,12 @@ class Receipts:
 
     async def flush(self, lazy: bool) -> None:
         """Write the dirty marks, majority-journalled. Raises StoreUnavailable, and then everything is dirty again."""
+        if not self._conversations.dirty and not (lazy and self._conversations.lazy):
+            return
+        async with self._conversations.loading:
+            await self._flush(lazy)
+
+    async def _flush(self, lazy: bool) -> None:
         dirty = self._conversations.take_dirty(lazy)
         if not dirty:
             return

@@ -60,6 +60,50 @@ async def test_receipts_of_an_owner_that_was_cut_off_do_not_take_back_what_the_n
     assert (users, update.delivered_through, update.read_through) == (["ann"], 1, 1)
 
 
+async def test_marks_that_are_being_flushed_while_their_conversation_is_read_again_are_not_forgotten(
+    yard: Yard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After FLUSHALL every state is read again, what was read before a flush came behind it: receipts went back."""
+    await yard.connect("ann", "bob")
+    load, flush = yard.store.conversations.load, yard.store.marks.flush_marks
+    flushing, was_read, flushed = anyio.Event(), anyio.Event(), anyio.Event()
+
+    async def flush_late(marks: Any) -> None:
+        flushing.set()
+        with anyio.move_on_after(0.5):
+            await was_read.wait()
+        await flush(marks)
+        flushed.set()
+
+    async def load_slowly(conversation_ids: Any) -> Any:
+        found = await load(conversation_ids)
+        was_read.set()
+        with anyio.move_on_after(1.0):
+            await flushed.wait()
+        return found
+
+    async with run_lane(yard) as lane:
+        conv = await yard.create("ann", "bob")
+        for key in ("k1", "k2"):
+            await yard.send(conv, "ann", key)
+        first, second = [ack["payload"]["message_id"] for ack in await yard.acks(2)]
+        await yard.delivered(first, "bob")
+        await receipts(yard, 1)
+        await eventually(lambda: settled(yard))
+        monkeypatch.setattr(yard.store.marks, "flush_marks", flush_late)
+        monkeypatch.setattr(yard.store.conversations, "load", load_slowly)
+        await yard.delivered(second, "bob")
+        await flushing.wait()
+        lane._conversations.forget_shards(frozenset())
+        await yard.send(conv, "bob", "k3")
+        await yard.acks(1)
+        monkeypatch.undo()
+        await eventually(lambda: settled(yard))
+        await yard.read(second, "bob")
+        told = await receipts(yard, 1)
+    assert [update.delivered_through for _, update in told] == [2]
+
+
 async def test_receipts_survive_a_crash_before_their_flush(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
     async with run_lane(yard):
         conv = await yard.create("ann", "bob")
