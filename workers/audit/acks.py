@@ -180,6 +180,11 @@ class Acks:
 
     # --- documents ---------------------------------------------------------------------------------------------------
 
+    def is_unknown(self, entry: Entry) -> bool:
+        """Is this somebody's, and did nobody in this history send it?"""
+        author = author_of(entry)
+        return author is not None and author not in self.keys
+
     def match(self, entry: Entry) -> None:
         """A stored entry: whose is it, and is it what was sent?"""
         author = author_of(entry)

@@ -65,8 +65,10 @@ class ConversationEvidence:
         self.confirmed.sent(event.user, event.seq, event.t)
 
     def match(self, entry: Entry, log: LogAudit) -> None:
-        """A stored entry. Who sent it is asked only where the history has senders of this conversation at all."""
-        if self._is_covered:
+        """A stored entry. Who sent it is asked only where the history has senders of this conversation at all; in a
+        running system the log goes on behind the history's end."""
+        is_later = not log.setting.settled and entry.sequence_number > self.views.last_known
+        if self._is_covered and not (is_later and self.acks.is_unknown(entry)):
             self.acks.match(entry)
         self.views.match(entry)
 
@@ -75,7 +77,7 @@ class ConversationEvidence:
         acked = {known.seq for known in self.acks.keys.values() if known.seq and not known.is_needless}
         self.acks.finish(log, self._timeline)
         self.views.finish(log, acked, self.acks.canaries)
-        if self._is_covered:
+        if self._is_covered and log.setting.settled:
             self.confirmed.finish(log)
 
 

@@ -70,6 +70,11 @@ class Views:
         self._after: dict[str, list[tuple[float, int]]] = {}
         """User → (at, sequence) of what came live more than 5 s after a removal was confirmed."""
 
+    @property
+    def last_known(self) -> int:
+        """The greatest sequence anybody was told of."""
+        return len(self._known_at) - 1
+
     def _add(self, invariant: str, statement: str, **evidence: object) -> None:
         self._findings.add(invariant, statement, self._conversation_id, **evidence)
 

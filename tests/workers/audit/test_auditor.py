@@ -515,6 +515,14 @@ def test_a_seeded_violation_is_named(seed: Callable[[Scene], None], expected: se
     assert broken(scene) == expected
 
 
+def test_a_history_that_ends_in_the_middle_of_a_running_system_is_no_violation() -> None:
+    """The clients write on while the history is read, and the database is read after it."""
+    scene = quiet_run()
+    scene.setting = msgspec.structs.replace(scene.setting, settled=False)
+    for length in range(len(scene.events)):
+        assert audit(scene.events[:length], scene.snapshot()) == [], scene.events[length]
+
+
 def test_a_letter_that_somebody_has_closed_needs_no_message() -> None:
     scene = quiet_run()
     message = scene.message(PAIR, 1) | {"idempotency_key": "nowhere"}
