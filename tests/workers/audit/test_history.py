@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, get_args
+from pathlib import Path
+from typing import get_args
 
 import msgspec
 import pytest
@@ -17,9 +18,7 @@ from workers.audit.history import (
     read_histories,
     read_history,
 )
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from workers.audit.report import INVARIANTS
 
 SHA = "0" * 32
 EVENTS: list[AnyEvent] = [
@@ -111,3 +110,11 @@ def test_an_unknown_field_is_ignored() -> None:
 def test_no_event_has_a_place_for_a_content() -> None:
     for kind in get_args(AnyEvent):
         assert not {"content", "text", "body"} & {field.name for field in msgspec.structs.fields(kind)}
+
+
+def test_the_document_names_every_event_and_every_invariant() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "audit.md").read_text()
+    written = [line for line in text.splitlines() if line.startswith('{"event"')]
+    read = [decode_event(line.replace("…", SHA).encode()) for line in written]
+    assert {type(event) for event in read} == set(get_args(AnyEvent))
+    assert [name for name in INVARIANTS if f"\n| {name} | " not in text] == []
