@@ -216,6 +216,10 @@ class Lane:
                     continue
                 entries = await self._read_new()
                 taken_at = anyio.current_time()
+                if self._new_shards:
+                    # Of a shard that came during the waits, what its previous owner read is before this. Both are
+                    # pending now, and read in order next.
+                    entries = [entry for entry in entries if entry.shard not in self._new_shards]
                 await self.take(entries, redelivered=False)
                 backoff = 0.05
             except GroupMissing:

@@ -1,0 +1,80 @@
+"""A shard that comes to a lane: what its previous owner had read is committed first, whenever the shard comes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import anyio
+import pytest
+
+from protocol import keys, records
+from tests.workers.lanes import SHARDS, eventually, run_lane, settled
+
+if TYPE_CHECKING:
+    from tests.workers.lanes import Yard
+
+pytestmark = pytest.mark.anyio
+
+
+async def left_behind(yard: Yard) -> str:
+    """A conversation with one message that a previous owner has read and never acknowledged, and one behind it that
+    nobody has read."""
+    async with run_lane(yard):
+        conversation_id = await yard.create("ann", "ben")
+        await yard.next_down(records.CommandOutcome, 1)
+        await eventually(lambda: settled(yard))
+    await yard.send(conversation_id, "ann", "first")
+    shard = keys.shard_of(conversation_id, SHARDS)
+    assert len(await yard.broker.read_ingest([shard], 10, 10)) == 1
+    await yard.send(conversation_id, "ann", "second")
+    return conversation_id
+
+
+async def keys_in_order(yard: Yard, conversation_id: str) -> list[str]:
+    async def both() -> bool:
+        return len(await yard.log(conversation_id)) == 2
+
+    await eventually(both)
+    return [entry["idempotency_key"] for entry in await yard.log(conversation_id)]
+
+
+async def test_messages_of_one_connection_keep_their_order_when_a_shard_comes_while_the_reader_waits(
+    yard: Yard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A paused worker's shards came while the reader waited for room: what was new was committed before what was
+    pending."""
+    conversation_id = await left_behind(yard)
+    others = frozenset(range(SHARDS)) - {keys.shard_of(conversation_id, SHARDS)}
+    async with run_lane(yard, others) as lane:
+        wait = lane.wait_for_room
+
+        async def meanwhile() -> None:
+            await wait()
+            lane.set_shards(frozenset(range(SHARDS)))
+
+        await anyio.sleep(0.3)  # it has taken over the others, and reads
+        monkeypatch.setattr(lane, "wait_for_room", meanwhile)
+        assert await keys_in_order(yard, conversation_id) == ["first", "second"]
+
+
+async def test_messages_keep_their_order_when_a_shard_goes_and_comes_back_during_a_read(yard: Yard) -> None:
+    """The read that was under way brings what is new; what another owner read meanwhile is before it."""
+    async with run_lane(yard) as lane:
+        conversation_id = await yard.create("ann", "ben")
+        await yard.next_down(records.CommandOutcome, 1)
+        await eventually(lambda: settled(yard))
+        shard = keys.shard_of(conversation_id, SHARDS)
+        read = lane._broker.read_ingest
+
+        async def changing_hands(shards: list[int], count: int, block_ms: int | None) -> object:
+            """Another owner reads the first message; this one has the shard again when its own read ends."""
+            lane._broker.read_ingest = read  # type: ignore[method-assign]
+            lane.set_shards(frozenset(range(SHARDS)) - {shard})
+            await yard.send(conversation_id, "ann", "first")
+            assert len(await read([shard], 10, 10)) == 1
+            await yard.send(conversation_id, "ann", "second")
+            lane.set_shards(frozenset(range(SHARDS)))
+            return await read(shards, count, block_ms)
+
+        lane._broker.read_ingest = changing_hands  # type: ignore[assignment, method-assign]
+        assert await keys_in_order(yard, conversation_id) == ["first", "second"]
