@@ -7,8 +7,10 @@ hub knows no socket and no Redis key; a transport is never called again after it
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import deque
+from contextlib import suppress
 from functools import partial
 from itertools import chain, count
 from typing import TYPE_CHECKING, Final, assert_never
@@ -114,6 +116,7 @@ class Hub:
         self.opening: set[int] = set()
         """Connections whose user was let in and that wait for a worker."""
         self._clock = clock
+        self._is_traced = _log.is_enabled_for(logging.DEBUG)
         self._numbers = count(1)
         self._connections: dict[int, Connection] = {}
         self._budgets: dict[str, tuple[TokenBucket, TypingBudget]] = {}
@@ -299,6 +302,8 @@ class Hub:
     def publish(self, connection: Connection, record: records.SendMessage | records.ChangeMessage, now: float) -> None:
         """Hand a message to its shard, or answer at once."""
         self.counts.published += 1
+        if self._is_traced:
+            _log.debug("< message", trace=records.trace_of(record), connection=record.connection)
         code = self.broker.publish(record)
         if code is not None:
             self.counts.publish_failures += 1
@@ -423,6 +428,8 @@ class Hub:
             elif isinstance(item, records.Outcome):
                 self.counts.outcomes += 1
                 target = self._connections.get(item.connection)
+                if self._is_traced:
+                    _trace_outcome(item, target)
                 if target is not None:
                     try:
                         target.settle(item)
@@ -460,6 +467,8 @@ class Hub:
                 except Exception:  # noqa: BLE001 -- boundary "connection"
                     connection.isolate()
         self.counts.deliveries += written
+        if self._is_traced:
+            _log.debug("> messages", conversation=conversation_id, first=first, last=last, written=written)
 
     def pump(self, connection: Connection, now: float, wall_ms: int) -> None:
         """Let a connection that is behind ask for its next page."""
@@ -544,3 +553,15 @@ class Hub:
         """End every session: error-free close, registration taken back."""
         for connection in list(self._connections.values()):
             self._guard(connection, lambda target=connection: target.run(target.session.close(code), self._clock()))  # type: ignore[misc]
+
+
+def _trace_outcome(item: records.Outcome, target: Connection | None) -> None:
+    """Name the message that an ack or error is about, for who follows it through the logs (level debug only)."""
+    frame = None
+    with suppress(msgspec.DecodeError):
+        frame = JSON.decode_server(item.frame)
+    if target is not None and isinstance(frame, frames.MessageAck | frames.Error):
+        conversation_id = frame.payload.conversation_id
+        if isinstance(conversation_id, str):
+            trace = keys.trace_id(conversation_id, target.session.user_id, item.idempotency_key)
+            _log.debug("> outcome", trace=trace, connection=item.connection, frame=type(frame).__struct_config__.tag)

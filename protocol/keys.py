@@ -183,6 +183,11 @@ def shard_of_message(message_id: str, shards: int) -> int | None:
     return shard if shard < shards else None
 
 
+def trace_id(conversation_id: str, sender_id: str, idempotency_key: str) -> str:
+    """What logs call a message from its first moment on: a hash of what names it, so nobody has to carry it."""
+    return "tr_" + blake2b(f"{conversation_id}\0{sender_id}\0{idempotency_key}".encode(), digest_size=10).hexdigest()
+
+
 def direct_conversation_id(user_a: str, user_b: str) -> str:
     """The id of the 1:1 conversation of two users: the same whoever asks first, so creating it is idempotent."""
     low, high = sorted((user_a, user_b))

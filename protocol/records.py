@@ -10,7 +10,8 @@ from __future__ import annotations
 import msgspec
 
 from protocol.errors import AuthErrorCode, ErrorCode
-from protocol.models import ConversationType, MessageType, Role, UserStatus
+from protocol.keys import trace_id
+from protocol.models import SYSTEM_SENDER, ConversationType, MessageType, Role, UserStatus
 
 
 class Record(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -202,6 +203,15 @@ IngestRecord = (
     | ChangeConversation
     | LookAtAccount
 )
+
+
+def trace_of(record: LogRecord) -> str:
+    """The trace id of what a record asks for (`keys.trace_id`); the same for every retry."""
+    if isinstance(record, SendMessage | ChangeMessage):
+        return trace_id(record.conversation_id, record.sender_id, record.idempotency_key)
+    if isinstance(record, LookAtAccount):
+        return trace_id(record.conversation_id, record.user_id, "")
+    return trace_id(record.conversation_id, SYSTEM_SENDER, record.command_id)
 
 
 # --- query: gateway → any worker -------------------------------------------------------------------------------------

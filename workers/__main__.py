@@ -48,6 +48,7 @@ COMMANDS: Final = {
     "dlq": "workers.dlq",
     "doctor": "workers.doctor",
     "keygen": "workers.keygen",
+    "trace": "workers.trace",
 }
 """In place of a role: command → module with `main(arguments, environ) -> exit status`. Imported only when asked for."""
 _FIRST_RETRY_SECONDS: Final = 0.1

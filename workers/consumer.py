@@ -8,6 +8,7 @@ is whatever came during the one before.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter, defaultdict, deque
 from typing import TYPE_CHECKING, Final
@@ -17,6 +18,7 @@ import msgspec
 import structlog
 
 from protocol import codec, records
+from protocol.keys import trace_id
 from protocol.models import DLQErrorType
 from workers import metrics
 from workers.broker import Broker, BrokerUnavailable, GroupMissing, StreamEntry
@@ -118,6 +120,7 @@ class Lane:
         self._inbox: dict[str, list[str]] = defaultdict(list)
         self._heads_at = 0.0
         self._stop = anyio.Event()
+        self._is_traced = log.is_enabled_for(logging.DEBUG)
         self._stopping = False
 
     # --- what it holds, for the gauges -------------------------------------------------------------------------------
@@ -283,6 +286,8 @@ class Lane:
             except msgspec.DecodeError as error:
                 await self._bury_unreadable(entry, str(error))
                 continue
+            if self._is_traced and not isinstance(record, records.Receipts | records.Typing):
+                log.debug("< entry", trace=records.trace_of(record), shard=entry.shard, entry=entry.entry_id.decode())
             if entry.letter_id and isinstance(record, records.Receipts | records.Typing):
                 await self._dead_letters.settle_unlogged(entry.letter_id, _now_ms())
             if isinstance(record, records.Receipts):
@@ -410,6 +415,9 @@ class Lane:
                 down[instance].append(item)
 
     def _note_heads(self, plan: Plan) -> None:
+        if self._is_traced:
+            for key, message_id, _ in plan.keys:
+                log.debug("= committed", trace=trace_id(*key), message_id=message_id)
         for conversation_id, is_activity in plan.found.items():
             if (owned := self._conversations.get(conversation_id)) is not None:
                 at = from_ms(owned.created_ms)

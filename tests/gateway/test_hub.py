@@ -6,11 +6,14 @@ from typing import Any
 
 import msgspec
 import pytest
+from structlog.testing import capture_logs
 
 from gateway.sweep import HEADS_CHUNK
-from protocol import records
+from protocol import frames, keys, records
+from protocol.codec import JSON
 from protocol.errors import CloseCode, ErrorCode
 from protocol.limits import Limits
+from protocol.models import MessageStatus
 from tests.gateway.fakes import FakeTransport, House, delivery, message, token
 
 
@@ -493,3 +496,22 @@ def test_many_devices_type_no_more_than_one(house: House) -> None:
     house.pass_time(4)
     house.send(phones[1], start)
     assert len(house.broker.take("signal")) == 1
+
+
+def test_one_id_names_a_message_in_the_log_on_its_way_in_and_out(house: House) -> None:
+    connection, _ = house.open()
+    with capture_logs() as lines:
+        house.send(connection, message("k1", content="not to be shown"))
+        (record,) = house.broker.take("publish")
+        payload = frames.MessageAckPayload(
+            message_id="msg_1",
+            sequence_number=1,
+            status=MessageStatus.SENT,
+            timestamp=1,
+            conversation_id=record.conversation_id,
+        )
+        ack = frames.MessageAck(client_message_id="c1", payload=payload)
+        house.hub.route([records.Outcome(connection.session.connection, "k1", JSON.encode(ack))])
+    trace = keys.trace_id(record.conversation_id, "usr_a", "k1")
+    assert [line["event"] for line in lines if line.get("trace") == trace] == ["< message", "> outcome"]
+    assert record.content not in str(lines)

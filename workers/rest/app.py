@@ -38,6 +38,7 @@ from workers.rest import (
     schema,
     search,
     sessions,
+    traces,
     upkeep,
     users,
 )
@@ -114,6 +115,7 @@ ROUTES: Final = [
     dead_letters.read_dead_letter,
     dead_letters.replay_dead_letter,
     dead_letters.resolve_dead_letter,
+    traces.trace_message,
     health.live,
     health.ready,
     health.metrics,

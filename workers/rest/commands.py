@@ -11,6 +11,7 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 import msgspec
+import structlog
 
 from protocol import keys, records
 from protocol.errors import ErrorCode
@@ -20,6 +21,8 @@ from workers.rest.errors import RestError
 
 if TYPE_CHECKING:
     from workers.rest.desk import Desk
+
+log = structlog.get_logger(__name__)
 
 _decode_conversation = msgspec.json.Decoder(Conversation).decode
 _decode_ack = msgspec.json.Decoder(MessageAckPayload).decode
@@ -186,6 +189,7 @@ async def _change_conversation(desk: Desk, record: records.GroupCommand) -> Conv
 
 
 async def _decided(desk: Desk, record: Asked) -> bytes:
+    log.debug("> command", trace=records.trace_of(record), request=record.request)
     shard = keys.shard_of(record.conversation_id, desk.settings.shards)
     outcome = await desk.instance.command(shard, record, desk.settings.command_timeout_seconds)
     if outcome is None:

@@ -42,6 +42,7 @@ from workers.store.events import EventStore
 from workers.store.evidence import EvidenceReader
 from workers.store.heads import HeadReader
 from workers.store.indexes import DAY_SECONDS, PLAIN_COLLECTIONS, RETENTION_INDEX, index_models
+from workers.store.journeys import JourneyReader
 from workers.store.logs import LogReader
 from workers.store.marks import MarkStore
 from workers.store.media import MediaStore
@@ -109,6 +110,7 @@ class Store:
         self.device_keys = DeviceKeyStore(client, self.db)
         self.heads = HeadReader(client, self.db)
         self.logs = LogReader(client, self.db)
+        self.journeys = JourneyReader(self.db)
         self.overviews = OverviewReader(client, self.db)
         self.memberships = MembershipStore(self.db)
         self.events = EventStore(self.db)
