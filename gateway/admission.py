@@ -28,7 +28,7 @@ _ALGORITHMS: Final = ["EdDSA", "Ed25519"]
 """RFC 8037 and its successor name, RFC 9864, of the same signature."""
 SKEW_SECONDS: Final = 60
 """How far two honest clocks may differ."""
-_VERIFIED_TOKENS: Final = 20_000
+VERIFIED_TOKENS: Final = 20_000
 """Verified tokens remembered: a reconnect storm of 10,000 devices twice over, 3 MB."""
 _VERIFIED_SECONDS: Final = 60.0
 _ADDRESSES: Final = 10_000
@@ -95,6 +95,11 @@ class Admission:
         self._verified: OrderedDict[bytes, tuple[float, _Claims]] = OrderedDict()
         self._failures: OrderedDict[str, tuple[float, int]] = OrderedDict()
 
+    @property
+    def remembered(self) -> tuple[int, int]:
+        """(verified tokens, addresses with failures)."""
+        return len(self._verified), len(self._failures)
+
     def check(self, payload: AuthPayload, remote: str, now: float, wall_ms: int) -> Admitted | Refused:
         """Is this token good for this user and device? A failure counts against `remote`, the address without its
         port; not one that is a genuine token's only for being old: whoever has it is no guesser."""
@@ -147,7 +152,7 @@ class Admission:
 
     def _remember(self, digest: bytes, claims: _Claims, now: float) -> None:
         self._verified[digest] = (now + _VERIFIED_SECONDS, claims)
-        if len(self._verified) > _VERIFIED_TOKENS:
+        if len(self._verified) > VERIFIED_TOKENS:
             self._verified.popitem(last=False)
 
     def _blocked_for(self, remote: str, now: float) -> float:

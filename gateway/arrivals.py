@@ -82,6 +82,11 @@ class Arrivals:
         """Address → (when its second began, connections in it)."""
         self._unknown: dict[str, int] = {}
 
+    @property
+    def unknown(self) -> int:
+        """Addresses with connections that have shown no token."""
+        return len(self._unknown)
+
     def enter(self, remote: str, now: float) -> float:
         """One more connection of this address. Returns 0.0 and counts it until `leave`, or the seconds to wait."""
         address = counted_address(remote)

@@ -267,6 +267,11 @@ class RedisBroker:
         if isinstance(reply, WireError):
             self._keep_detach(attachment)
 
+    @property
+    def detaches_waiting(self) -> int:
+        """Detachments that Redis has not taken."""
+        return len(self._detaches)
+
     def _keep_detach(self, attachment: Attachment) -> None:
         if len(self._detaches) < PENDING_DETACHES:
             self._detaches[attachment.user_id, attachment.device_id] = attachment

@@ -91,11 +91,11 @@ class Outbox:
 class Held:
     """Data messages that came while the link was blocked, oldest first."""
 
-    __slots__ = ("_messages", "_size_bytes")
+    __slots__ = ("_messages", "size_bytes")
 
     def __init__(self) -> None:
         self._messages: deque[bytes] = deque()
-        self._size_bytes = 0
+        self.size_bytes = 0
 
     def __bool__(self) -> bool:
         return bool(self._messages)
@@ -103,13 +103,13 @@ class Held:
     def append(self, payload: bytes, bound_bytes: int) -> bool:
         """Keep one message. True: the bound is reached, read no further."""
         self._messages.append(payload)
-        self._size_bytes += len(payload) + HELD_OVERHEAD_BYTES
-        return self._size_bytes >= bound_bytes
+        self.size_bytes += len(payload) + HELD_OVERHEAD_BYTES
+        return self.size_bytes >= bound_bytes
 
     def pop(self) -> bytes:
         """The oldest message."""
         payload = self._messages.popleft()
-        self._size_bytes -= len(payload) + HELD_OVERHEAD_BYTES
+        self.size_bytes -= len(payload) + HELD_OVERHEAD_BYTES
         return payload
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from gateway.epoll_connection import Connection, Reactor
-from gateway.transport import Host, TransportLimits, TransportServer
+from gateway.transport import Buffered, Host, TransportLimits, TransportServer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,6 +45,15 @@ class EpollServer(TransportServer):
     def connections(self) -> int:
         """See the base class."""
         return len(self._reactor.connections) if self._reactor is not None else 0
+
+    @property
+    def buffered(self) -> Buffered:
+        """See the base class."""
+        found = Buffered()
+        if self._reactor is not None:
+            for connection in self._reactor.connections.values():
+                found = connection.add_to(found)
+        return found
 
     async def serve(
         self, listener: socket.socket, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED

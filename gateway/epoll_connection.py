@@ -25,7 +25,7 @@ from protocol.codec import JSON
 from protocol.errors import CloseCode
 
 if TYPE_CHECKING:
-    from gateway.transport import Link, Outgoing, TransportServer
+    from gateway.transport import Buffered, Link, Outgoing, TransportServer
 
 RECEIVE_BYTES: Final = 64 * 1024
 """One recv per ready socket and pass: level-triggered epoll brings the rest, after the others. 256 KiB cost 16 us
@@ -139,6 +139,10 @@ class Connection:
         self._controls = 0
         self._controls_since = now
         reactor.shaking.start(self, now)
+
+    def add_to(self, buffered: Buffered) -> Buffered:
+        """With what this connection holds."""
+        return buffered.and_of(self._outbox, self._held)
 
     # --- reading -----------------------------------------------------------------------------------------------------
 

@@ -159,6 +159,26 @@ class Hub:
         """Messages without an outcome, over all connections."""
         return sum(len(c.session.in_flight) for c in self._connections.values() if c.session.in_flight)
 
+    @property
+    def greatest_in_flight(self) -> int:
+        """The fullest window."""
+        return max((len(c.session.in_flight) for c in self._connections.values() if c.session.in_flight), default=0)
+
+    @property
+    def budgets(self) -> int:
+        """Users whose rate is kept."""
+        return len(self._budgets)
+
+    @property
+    def retiring(self) -> int:
+        """Connections whose client has gone on elsewhere."""
+        return len(self._retiring)
+
+    @property
+    def remembered(self) -> tuple[int, int, int]:
+        """(verified tokens, addresses with failures, addresses with connections that have shown no token)."""
+        return *self._admission.remembered, self._arrivals.unknown
+
     def attachments(self) -> Iterator[Attachment]:
         """Every authenticated connection."""
         for connections in self.users.values():

@@ -55,11 +55,13 @@ class GatewayCollector(Collector):
         connects = CounterMetricFamily("gateway_redis_connects", "connections made to Redis", labels=["wire"])
         up = GaugeMetricFamily("gateway_redis_up", "1 while connected", labels=["wire"])
         outstanding = GaugeMetricFamily("gateway_redis_outstanding", "commands without an answer", labels=["wire"])
+        unsent = GaugeMetricFamily("gateway_redis_unsent_bytes", "bytes for a socket that is full", labels=["wire"])
         for wire in (self._broker.commands, self._broker.down, self._broker.channels.wire):
             connects.add_metric([wire.name], wire.connects)
             up.add_metric([wire.name], float(wire.connected))
             outstanding.add_metric([wire.name], wire.outstanding)
-        yield from (connects, up, outstanding)
+            unsent.add_metric([wire.name], wire.unsent_bytes)
+        yield from (connects, up, outstanding, unsent)
 
     def _counters(self) -> Iterator[tuple[str, str, int]]:
         counts, transport, receipts = self._hub.counts, self._transport, self._broker.receipts
@@ -89,6 +91,7 @@ class GatewayCollector(Collector):
         yield "channel_undecodable", "channel messages that were none of ours", self._broker.channels.undecodable
 
     def _gauges(self) -> Iterator[tuple[str, str, float]]:
+        hub, broker = self._hub, self._broker
         yield "connections", "sockets in hand, in any stage", self._transport.connections
         yield "users", "users with a live session here", len(self._hub.users)
         yield "watched_people", "people whose presence somebody here watches", len(self._hub.presence.people)
@@ -96,6 +99,27 @@ class GatewayCollector(Collector):
         yield "receipts_waiting", "receipts not yet handed over", self._broker.receipts.waiting
         yield "backlog_entries", "entries no worker has settled", self._broker.workload.entries
         yield "shard_backlog_entries", "greatest backlog of a shard", self._broker.workload.greatest
+        yield (
+            "greatest_in_flight",
+            "messages without an outcome of the connection that has most",
+            hub.greatest_in_flight,
+        )
+        yield "opening_sessions", "clients with a good token that wait for a worker", len(hub.opening)
+        yield "retiring_connections", "connections whose client has gone on elsewhere", hub.retiring
+        yield "user_budgets", "users whose rate is kept", hub.budgets
+        yield "suspected_heads", "conversations that may have lost a push", hub.heads.suspects
+        yield "presence_questions", "watchers who may ask again", hub.presence.questions
+        yield "channel_changes_waiting", "subscriptions and questions of the next turn", broker.channels.waiting
+        yield "detaches_waiting", "registrations to take back when Redis is there", broker.detaches_waiting
+        tokens, failed, unknown = hub.remembered
+        yield "verified_tokens", "tokens verified within the last minute", tokens
+        yield "failed_addresses", "addresses whose failures are counted", failed
+        yield "unknown_addresses", "addresses with connections that have shown no token", unknown
+        buffered = self._transport.buffered
+        yield "outbox_bytes", "bytes that clients have not taken", buffered.outbox_bytes
+        yield "greatest_outbox_bytes", "the same of the connection that has most", buffered.greatest_outbox_bytes
+        yield "greatest_outbox_frames", "frames likewise", buffered.greatest_outbox_frames
+        yield "greatest_held_bytes", "bytes read and held while a window is full", buffered.greatest_held_bytes
         yield "loop_late_seconds", "how late the last timer step began", self._timers.late_seconds
 
 

@@ -105,6 +105,11 @@ class Presence:
         self._step = 1
         self._seconds_left = RIGHTS_SECONDS
 
+    @property
+    def questions(self) -> int:
+        """Watchers who may ask again."""
+        return len(self._ask_again)
+
     # --- what clients ask --------------------------------------------------------------------------------------------
 
     def watch(self, connection: Connection, user_ids: Iterable[str]) -> None:

@@ -23,7 +23,7 @@ HEADS_CHUNK: Final = 500
 """Users per query: one indexed read of a few milliseconds in a worker."""
 GRACE_SECONDS: Final = 2.0
 """A head that is ahead of its cursor is usually just on its way."""
-_SUSPECTS: Final = 100_000
+SUSPECTS: Final = 100_000
 """Past it the oldest suspicion is dropped; the next round finds it again."""
 REGISTRY_PERIOD_SECONDS: Final = 100
 """Every user's keys once in this time: a third of the presence lifetime, so that two lost refreshes do no harm."""
@@ -47,7 +47,7 @@ class HeadSweep:
         self._second = 0
         self._round: list[str] = []
         self._hurry = False
-        self._suspects: deque[tuple[float, Connection, str, int]] = deque(maxlen=_SUSPECTS)
+        self._suspects: deque[tuple[float, Connection, str, int]] = deque(maxlen=SUSPECTS)
 
     def hurry(self) -> None:
         """Ask for everybody at the next step: pushes may have been lost in numbers."""
@@ -79,6 +79,11 @@ class HeadSweep:
             for connection in self._users.get(head.user_id, ()):
                 if connection.session.head_seen(head.conversation_id, head.head):
                     self._suspects.append((now + GRACE_SECONDS, connection, head.conversation_id, head.head))
+
+    @property
+    def suspects(self) -> int:
+        """Suspicions within their grace."""
+        return len(self._suspects)
 
     def due_suspects(self, now: float) -> Iterator[tuple[Connection, str, int]]:
         """Suspicions whose grace is over: (connection, conversation, head)."""

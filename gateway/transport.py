@@ -8,7 +8,7 @@ atomic.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import msgspec
 import structlog
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
 
+    from gateway.buffers import Held, Outbox
     from protocol.errors import CloseCode
 
 WEBSOCKET_PATH: Final = "/v1/ws"
@@ -178,6 +179,27 @@ class Host(Protocol):
         """The answer to GET `path` where it is one of ours, None for 404."""
 
 
+class Buffered(NamedTuple):
+    """What the connections of a transport hold: in all, and the one that holds most."""
+
+    outbox_bytes: int = 0
+    greatest_outbox_bytes: int = 0
+    greatest_outbox_frames: int = 0
+    greatest_held_bytes: int = 0
+
+    def and_of(self, outbox: Outbox | None, held: Held | None) -> Buffered:
+        """With one more connection."""
+        if outbox is None and held is None:
+            return self
+        size, frames = (outbox.size_bytes, len(outbox)) if outbox is not None else (0, 0)
+        return Buffered(
+            self.outbox_bytes + size,
+            max(self.greatest_outbox_bytes, size),
+            max(self.greatest_outbox_frames, frames),
+            max(self.greatest_held_bytes, held.size_bytes if held is not None else 0),
+        )
+
+
 class TransportServer(ABC):
     """What the composition root, the timer role and the metrics know of a transport. The counters only grow."""
 
@@ -211,6 +233,11 @@ class TransportServer(ABC):
     @abstractmethod
     def connections(self) -> int:
         """Sockets in hand now, in any stage."""
+
+    @property
+    @abstractmethod
+    def buffered(self) -> Buffered:
+        """What they hold now; looks at each, so for whoever asks for metrics."""
 
     @abstractmethod
     async def serve(

@@ -20,7 +20,7 @@ from wsproto.utilities import LocalProtocolError
 
 from gateway import upgrade
 from gateway.buffers import Held, Outbox
-from gateway.transport import Host, Link, Outgoing, TransportLimits, TransportServer
+from gateway.transport import Buffered, Host, Link, Outgoing, TransportLimits, TransportServer
 from gateway.websocket import FrameMeter, close_frame
 from protocol.errors import CloseCode
 
@@ -57,6 +57,14 @@ class TrioWebSocketServer(TransportServer):
     def connections(self) -> int:
         """See the base class."""
         return len(self._connections)
+
+    @property
+    def buffered(self) -> Buffered:
+        """See the base class."""
+        found = Buffered()
+        for connection in self._connections:
+            found = connection.add_to(found)
+        return found
 
     async def serve(
         self, listener: socket.socket, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -234,6 +242,10 @@ class _Connection:
         self._codec: FrameCodec
         self._websocket: trio_websocket.WebSocketConnection
         self._nursery: trio.Nursery
+
+    def add_to(self, buffered: Buffered) -> Buffered:
+        """With what this connection holds."""
+        return buffered.and_of(self._outbox, self._held)
 
     async def run(self) -> None:
         """From accept to the closed socket. Raises what a link raised outside a boundary, in groups."""

@@ -156,6 +156,11 @@ class Wire:
         """Commands that wait for their answer."""
         return len(self._slots)
 
+    @property
+    def unsent_bytes(self) -> int:
+        """Bytes that wait for a writable socket."""
+        return self._unsent_bytes
+
     # --- commands ----------------------------------------------------------------------------------------------------
 
     def post(self, packed: bytes, on_reply: OnReply | None, context: Any = None) -> None:

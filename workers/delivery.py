@@ -57,6 +57,11 @@ class Registry:
         self._changes = 0
         """Invalidations seen: what was read before one of them is not cached after it."""
 
+    @property
+    def known(self) -> int:
+        """Users whose whereabouts are remembered."""
+        return len(self._where)
+
     async def run(self) -> None:
         """Follow the invalidations until cancelled; while they are not followed nothing is cached."""
         async with anyio.create_task_group() as group:

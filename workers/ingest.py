@@ -51,6 +51,10 @@ async def run(settings: Settings, store: Store, broker: Broker, stopping: anyio.
         for _ in range(settings.lanes)
     ]
 
+    for number, lane in enumerate(lanes):
+        _show(number, lane)
+    metrics.REGISTRY_USERS.set_function(lambda: registry.known)
+
     def share(held: frozenset[int]) -> None:
         metrics.SHARDS_HELD.set(len(held))
         for index, lane in enumerate(lanes):
@@ -73,6 +77,14 @@ async def run(settings: Settings, store: Store, broker: Broker, stopping: anyio.
         await broker.remove_instance(worker_id)
     except BrokerUnavailable as error:
         log.warning("instance_not_removed", error=str(error))
+
+
+def _show(number: int, lane: Lane) -> None:
+    """Let whoever asks for metrics see what a lane holds."""
+    metrics.LANE_QUEUED.labels(str(number)).set_function(lambda: lane.queued)
+    metrics.LANE_MARKS.labels(str(number)).set_function(lambda: lane.marks_waiting)
+    metrics.LANE_KEYS.labels(str(number)).set_function(lambda: lane.keys_waiting)
+    metrics.LANE_CONVERSATIONS.labels(str(number)).set_function(lambda: lane.conversations_held)
 
 
 async def _stay_listed(broker: Broker, worker_id: str) -> None:

@@ -26,6 +26,7 @@ QUERIES: Final = Counter("trireme_queries_total", "Reads answered for gateways",
 QUERY_SECONDS: Final = Histogram(
     "trireme_query_seconds", "From a query's decoding to its answer in hand", ["kind"], buckets=_READ_BUCKETS
 )
+ANSWERS_WAITING: Final = Gauge("trireme_query_answers_waiting", "Answers to publish")
 QUERIES_UNDER_WAY: Final = Gauge("trireme_queries_under_way", "Reads for gateways at work now")
 
 # --- ingest role -----------------------------------------------------------------------------------------------------
@@ -54,6 +55,12 @@ BREAKER_REFUSALS: Final = Counter(
 )
 DEAD_LETTERS: Final = Gauge("trireme_dead_letters", "Dead letters, as of the last look of a retry role", ["status"])
 KEYS_DROPPED: Final = Counter("trireme_idempotency_keys_dropped_total", "Keys not written while MongoDB refused them")
+LANE_QUEUED: Final = Gauge("trireme_lane_queued_entries", "Entries read that wait for the writer", ["lane"])
+LANE_MARKS: Final = Gauge("trireme_lane_marks_waiting", "Receipts read and not flushed", ["lane"])
+LANE_KEYS: Final = Gauge("trireme_lane_keys_waiting", "Idempotency keys to write", ["lane"])
+LANE_CONVERSATIONS: Final = Gauge("trireme_lane_conversations", "Conversations in memory", ["lane"])
+"""lane: its number within the process, as many as `TRIREME_LANES`."""
+REGISTRY_USERS: Final = Gauge("trireme_registry_users", "Users whose whereabouts are remembered")
 SHARDS_HELD: Final = Gauge("trireme_shards_held", "Shards this process owns")
 
 EVENTS: Final = Counter("trireme_events_total", "Events by what became of them", ["outcome"])

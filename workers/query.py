@@ -35,7 +35,7 @@ _BLOCK_MS: Final = 500
 """Longest wait for a first query; also how soon a stop is seen."""
 _QUERY_SECONDS: Final = 4.0
 """Below the gateway's 5 s for a page: later than that nobody waits for the answer."""
-_ANSWERS: Final = 1000
+ANSWERS: Final = 1000
 """Answers waiting to be published; when full, reads wait for Redis."""
 _ANSWERS_AT_ONCE: Final = 100
 _RETRY_AFTER_MS: Final = 1000
@@ -56,7 +56,8 @@ async def run(settings: Settings, store: Store, broker: Broker, stopping: anyio.
     *Cancellation*: drops what is under way; it is asked again.
     """
     consumer = f"worker-{os.getpid()}"
-    answers_in, answers_out = anyio.create_memory_object_stream[Answer](_ANSWERS)
+    answers_in, answers_out = anyio.create_memory_object_stream[Answer](ANSWERS)
+    metrics.ANSWERS_WAITING.set_function(lambda: answers_in.statistics().current_buffer_used)
     role = QueryRole(store, broker, settings.queries, settings.devices_per_account)
     async with anyio.create_task_group() as group:
         group.start_soon(publish_answers, broker, answers_out, name="query answers")
