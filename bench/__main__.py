@@ -30,6 +30,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "locust": ("bench.locust_run", "a short headless locust run with its HTML report"),
     "conformance": ("bench.conformance", "schemathesis against the HTTP API: does it keep what its document says"),
     "autobahn": ("bench.autobahn", "the Autobahn cases against both transports, judged by four gates"),
+    "bounds": ("bench.bounds", "write docs/bounds.md: every bound with its reason, gauge and test"),
     "reference": ("bench.reference", "write docs/reference.md: every frame, route and code, from the code"),
 }
 """Command → (module, help)."""

@@ -17,6 +17,7 @@ from joserfc import jwt
 from joserfc.errors import JoseError, SecurityWarning
 from joserfc.jwk import OKPKey
 
+from gateway.arrivals import ADDRESSES
 from protocol.errors import AuthErrorCode
 from protocol.limits import counted_address
 
@@ -31,8 +32,6 @@ SKEW_SECONDS: Final = 60
 VERIFIED_TOKENS: Final = 20_000
 """Verified tokens remembered: a reconnect storm of 10,000 devices twice over, 3 MB."""
 _VERIFIED_SECONDS: Final = 60.0
-_ADDRESSES: Final = 10_000
-"""Addresses whose failures are counted; the one that failed longest ago is forgotten first."""
 _WINDOW_SECONDS: Final = 60.0
 
 
@@ -168,7 +167,7 @@ class Admission:
         if now - since >= _WINDOW_SECONDS:
             since, count = now, 0
         self._failures[address] = (since, count + 1)
-        if len(self._failures) > _ADDRESSES:
+        if len(self._failures) > ADDRESSES:
             self._failures.popitem(last=False)
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _WINDOW_SECONDS: Final = 1.0
-_ADDRESSES: Final = 10_000
+ADDRESSES: Final = 10_000
 """Addresses whose new connections are counted; the one that began its second first is forgotten first."""
 _CROWDED_SECONDS: Final = 1.0
 """When to come again where too many wait to be known: each shows a token at once or is closed within 10 s."""
@@ -102,7 +102,7 @@ class Arrivals:
         if count == 0:
             self._seconds.pop(address, None)
         self._seconds[address] = (since, count + 1)
-        if len(self._seconds) > _ADDRESSES:
+        if len(self._seconds) > ADDRESSES:
             self._seconds.popitem(last=False)
         return 0.0
 

@@ -21,7 +21,7 @@ RENEW_SECONDS: Final = 3.0
 """Three renewals within the lease's 10 s."""
 _BLOCK_MS: Final = 2000
 _RETRY_SECONDS: Final = 0.5
-_WAITING_LIMIT: Final = 10_000
+WAITING_LIMIT: Final = 10_000
 """Requests waiting at once. Each holds an HTTP connection, so the server's own limit is met first."""
 
 log = structlog.get_logger(__name__)
@@ -122,7 +122,7 @@ class Instance:
 
         Raises BrokerUnavailable when it could not be appended, TooManyWaiting.
         """
-        if len(self._waiting) >= _WAITING_LIMIT:
+        if len(self._waiting) >= WAITING_LIMIT:
             raise TooManyWaiting
         waiting = self._waiting[record.request] = _Waiting()
         try:

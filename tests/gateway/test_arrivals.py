@@ -40,7 +40,7 @@ def test_the_addresses_of_one_household_count_as_one() -> None:
 
 
 def test_addresses_are_forgotten_so_that_nothing_grows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.arrivals._ADDRESSES", 10)
+    monkeypatch.setattr("gateway.arrivals.ADDRESSES", 10)
     arrivals = Arrivals(50, 200)
     for number in range(100):
         assert arrivals.enter(f"10.0.0.{number}", 10.0) == 0.0

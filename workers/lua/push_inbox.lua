@@ -2,7 +2,9 @@
 local at = 3
 for k = 1, #KEYS do
   local n = tonumber(ARGV[at])
-  redis.call('RPUSH', KEYS[k], unpack(ARGV, at + 1, at + n))
+  for first = at + 1, at + n, 1000 do -- Lua puts no more than 8000 values on its stack
+    redis.call('RPUSH', KEYS[k], unpack(ARGV, first, math.min(first + 999, at + n)))
+  end
   redis.call('LTRIM', KEYS[k], -tonumber(ARGV[2]), -1)
   redis.call('EXPIRE', KEYS[k], ARGV[1])
   at = at + n + 1
