@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
+from bench.object_store import VARIABLE, run_store
 from tests.hostile.rows import MATRIX, PATIENT, Verdict
 from tests.system.house import House, run_house
 
@@ -44,8 +45,8 @@ PATIENCE: Final = {
 
 
 @pytest.fixture(scope="package")
-def house() -> Iterator[House]:
-    with run_house(SETTINGS) as running:
+def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    with run_store(tmp_path_factory.mktemp("s3")) as s3_url, run_house(SETTINGS | {VARIABLE: s3_url}) as running:
         running.add_gateway("epoll", PATIENT, PATIENCE)
         yield running
 
