@@ -22,6 +22,8 @@ import httpx2
 import msgspec
 import structlog
 
+from workers.breaker import Breaker, BreakerOpen
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from datetime import datetime
@@ -85,28 +87,27 @@ class WebhookSender:
         self._url = url
         self._key = base64.b64decode(secret.removeprefix(_SECRET_PREFIX), validate=True)
         self._room = anyio.CapacityLimiter(_AT_ONCE)
-        self._failures = 0
-        self._closed_until = 0.0
+        self._breaker = Breaker("webhook", FAILURES_TO_OPEN, OPEN_SECONDS)
 
     async def send(self, target: Target, code: str, expires_at: datetime) -> None:
         """See `Sender.send`. Redirects are not followed: a code goes where the operator said or nowhere."""
-        if self._failures >= FAILURES_TO_OPEN and anyio.current_time() < self._closed_until:
-            raise SendFailed("the webhook failed lately")
+        try:
+            self._breaker.admit()
+        except BreakerOpen:
+            raise SendFailed("the webhook failed lately") from None
         async with self._room:
             try:
                 await self._deliver(target, code, expires_at)
             except SendRefused as error:
                 # One address' fault, which must not keep the others from their codes.
-                self._failures = 0
+                self._breaker.succeeded()
                 log.warning("verification_refused", field=target.field, reason=str(error))
                 raise
             except SendFailed as error:
-                self._failures += 1
-                if self._failures >= FAILURES_TO_OPEN:
-                    self._closed_until = anyio.current_time() + OPEN_SECONDS
-                log.warning("verification_not_sent", field=target.field, reason=str(error), failures=self._failures)
+                self._breaker.failed()
+                log.warning("verification_not_sent", field=target.field, reason=str(error))
                 raise
-            self._failures = 0
+            self._breaker.succeeded()
 
     async def _deliver(self, target: Target, code: str, expires_at: datetime) -> None:
         message_id = "msg_" + secrets.token_hex(12)
