@@ -18,6 +18,7 @@ from tests.workers.lanes import eventually, run_lane, settled
 from workers.audit import command
 from workers.audit.history import HistoryWriter
 from workers.audit.report import lines
+from workers.store import open_store
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -415,11 +416,22 @@ async def test_nothing_is_written_not_even_an_index(settings: Settings, new_mong
     assert again.found == report.found
 
 
-def test_the_door_says_what_it_found(settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def prepared(settings: Settings) -> Settings:
+    """A database with its indexes and nothing else."""
+
+    async def prepare() -> None:
+        async with open_store(settings.mongodb_url):
+            pass
+
+    anyio.run(prepare)
+    return settings
+
+
+def test_the_door_says_what_it_found(prepared: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     environ = {
-        "TRIREME_ENV": "dev",
-        "TRIREME_REDIS_URL": settings.redis_url,
-        "TRIREME_MONGODB_URL": settings.mongodb_url,
+        "TRIREME_REDIS_URL": prepared.redis_url,
+        "TRIREME_MONGODB_URL": prepared.mongodb_url,
     }
     file = tmp_path / "report.json"
     assert command.main(["--json", str(file)], environ) == 0
@@ -428,26 +440,26 @@ def test_the_door_says_what_it_found(settings: Settings, tmp_path: Path, capsys:
 
 
 def test_what_cannot_be_read_is_said_in_one_line(
-    settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    prepared: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     environ = {
         "TRIREME_ENV": "dev",
-        "TRIREME_REDIS_URL": settings.redis_url,
+        "TRIREME_REDIS_URL": prepared.redis_url,
         "TRIREME_MONGODB_URL": "mongodb://127.0.0.1:1/x",
     }
     assert command.main([], environ) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert (
         command.main(
-            [], environ | {"TRIREME_MONGODB_URL": settings.mongodb_url, "TRIREME_REDIS_URL": "redis://127.0.0.1:1"}
+            [], environ | {"TRIREME_MONGODB_URL": prepared.mongodb_url, "TRIREME_REDIS_URL": "redis://127.0.0.1:1"}
         )
         == 2
     )
     assert (
-        command.main(["--history", str(tmp_path / "none")], environ | {"TRIREME_MONGODB_URL": settings.mongodb_url})
+        command.main(["--history", str(tmp_path / "none")], environ | {"TRIREME_MONGODB_URL": prepared.mongodb_url})
         == 2
     )
     bad = tmp_path / "bad"
     bad.write_bytes(b"nonsense\n")
-    assert command.main(["--history", str(bad)], environ | {"TRIREME_MONGODB_URL": settings.mongodb_url}) == 2
+    assert command.main(["--history", str(bad)], environ | {"TRIREME_MONGODB_URL": prepared.mongodb_url}) == 2
     assert f"{bad} line 1 is no event" in capsys.readouterr().out
