@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import secrets
+import socket
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,9 @@ AMBIENT_SECONDS = 120.0
 """Longest wait for the answers to new subscriptions."""
 TYPING_SECONDS = 3.0
 """As often as a gateway passes it on."""
+STALLED_BUFFER_BYTES = 4096
+READING_BUFFER_BYTES = 1024 * 1024
+"""What the kernel keeps for a connection that is stalled, and for one that reads again."""
 READ_BUFFER_BYTES = 4096
 """picows' own default of 16 KiB would cost 160 MB at 10,000 connections."""
 
@@ -288,6 +292,10 @@ class Connection(picows.WSListener):
     def stall(self, stalled: bool) -> None:
         """Take nothing from the socket, or take it again."""
         below = self.transport.underlying_transport
+        # So that soon the other side knows, not only this kernel, that nobody reads.
+        below.get_extra_info("socket").setsockopt(
+            socket.SOL_SOCKET, socket.SO_RCVBUF, STALLED_BUFFER_BYTES if stalled else READING_BUFFER_BYTES
+        )
         if stalled:
             below.pause_reading()
         else:

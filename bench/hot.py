@@ -37,10 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Exit status 0 when the log is whole and the acks came in time, 1 otherwise."""
-    return run_and_report("hot", args, lambda stack, driver: _hot(args, stack, driver))
+    return run_and_report("hot", args, lambda stack, driver: measure(args, stack, driver))
 
 
-def _hot(args: argparse.Namespace, stack: Stack, driver: DriverProcess) -> dict[str, Any]:
+def measure(args: argparse.Namespace, stack: Stack, driver: DriverProcess) -> dict[str, Any]:
+    """The figures, `verdict` among them."""
     community = create_community(stack.rest_url, stack.admin_token, ConversationType.GROUP, [args.members])
     problems = connect_all(args, stack, driver, community, senders=args.members, receipts=False)
     problems = problems or warm_up(driver, WINDOW)

@@ -60,10 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Exit status 0 when the overload did no harm, 1 otherwise."""
     settings = {"TRIREME_BATCH": str(args.batch), "TRIREME_INGEST_BACKLOG": str(args.backlog)}
-    return run_and_report("overload", args, lambda stack, driver: _overload(args, stack, driver), settings)
+    return run_and_report("overload", args, lambda stack, driver: measure(args, stack, driver), settings)
 
 
-def _overload(args: argparse.Namespace, stack: Stack, driver: DriverProcess) -> dict[str, Any]:
+def measure(args: argparse.Namespace, stack: Stack, driver: DriverProcess) -> dict[str, Any]:
+    """The figures, `verdict` among them."""
     senders = 2 * args.pairs
     args.window = max(1, min(8, args.backlog // (2 * senders)))
     community = create_community(stack.rest_url, stack.admin_token, ConversationType.ONE_TO_ONE, [2] * args.pairs)

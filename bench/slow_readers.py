@@ -52,10 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Exit status 0 when nobody noticed the slow readers, 1 otherwise."""
-    return run_and_report("slow-readers", args, lambda stack, driver: _run(args, stack, driver))
+    return run_and_report("slow-readers", args, lambda stack, driver: measure(args, stack, driver))
 
 
-def _run(args: argparse.Namespace, stack: Stack, driver: DriverProcess) -> dict[str, Any]:
+def measure(args: argparse.Namespace, stack: Stack, driver: DriverProcess) -> dict[str, Any]:
+    """The figures, `verdict` among them."""
     pairs = (args.connections - args.slow) // 2
     talkers = max(1, round(args.noise / args.rate * pairs))
     community = create_community(stack.rest_url, stack.admin_token, ConversationType.ONE_TO_ONE, [2] * pairs)
