@@ -37,6 +37,7 @@ from workers.store.conversations import ConversationStore
 from workers.store.dead_letters import DeadLetterStore
 from workers.store.device_keys import DeviceKeyStore
 from workers.store.devices import DeviceStore
+from workers.store.driver import mend_driver
 from workers.store.errors import StoreUnavailable, store_errors
 from workers.store.events import EventStore
 from workers.store.evidence import EvidenceReader
@@ -183,6 +184,7 @@ async def open_store(url: str, retention_days: int = 90, *, as_it_is: bool = Fal
     Raises: StoreUnavailable (try again), StoreUnfit (tell the operator), both before anything is yielded.
     Cancellation: closes the client.
     """
+    mend_driver()
     try:
         client: Client = AsyncMongoClient(
             url,
