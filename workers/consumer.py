@@ -37,7 +37,7 @@ from workers.takeover import STALE_SECONDS, Stage, TakeOver
 from workers.typists import Typists
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from datetime import datetime
 
     from protocol.events import Outgoing
@@ -90,6 +90,8 @@ class Lane:
     ) -> None:
         """`batch`, `conversations`: see the settings. `trial`: shared by the lanes of a process, see `takeover.py`."""
         self._worker_id = worker_id
+        self.may_read: Callable[[], bool] = lambda: True
+        """Does nothing say that another owns these shards by now? To be asked right before a read."""
         self._store = store
         self._broker = broker
         self._batch = batch
@@ -214,7 +216,9 @@ class Lane:
                     await self._takeover.read(self._new_shards.pop())
                 await self.wait_for_room()
                 await anyio.sleep_until(taken_at + READ_SPACING_SECONDS)
-                if not self._logs:  # looked at behind the waits: a lease may have ended during them
+                # Looked at behind the waits: a lease may have ended during them. What is taken of another's shard, its
+                # owner does not see in its place.
+                if not self._logs or not self.may_read():
                     await anyio.sleep(0.1)
                     continue
                 entries = await self._read_new()

@@ -61,6 +61,8 @@ async def run(settings: Settings, store: Store, broker: Broker, stopping: anyio.
             lane.set_shards(frozenset(shard for shard in held if shard % len(lanes) == index))
 
     leases = Leases(broker, worker_id, settings.shards, share)
+    for lane in lanes:
+        lane.may_read = lambda: leases.is_current
     async with anyio.create_task_group() as upkeep:
         upkeep.start_soon(registry.run, name="registry")
         upkeep.start_soon(presence.keep, store, broker, name="presence")

@@ -28,6 +28,8 @@ ends.
 """
 SAFETY_SECONDS = 1.5
 """An owner with less than this left of its lease issues no more work (reliability.md section 10.4)."""
+GIVING_UP_SECONDS = 0.4
+"""Between the last read of a shard that is given up and the end of its lease: longer than a read waits (`BLOCK_MS`)."""
 MOVES_PER_ROUND = 64
 """Shards given up per round when workers come or go; a moved shard costs its new owner one read of pending entries."""
 
@@ -59,6 +61,11 @@ class Leases:
         now = anyio.current_time()
         return frozenset(shard for shard, until in self._until.items() if until - now >= SAFETY_SECONDS)
 
+    @property
+    def is_current(self) -> bool:
+        """Is every lease this worker goes by still its own by this process' clock? Not after it has stood still."""
+        return len(self.held) == len(self._until)
+
     async def run(self) -> None:
         """Take, renew and give up leases until cancelled."""
         while True:
@@ -84,7 +91,10 @@ class Leases:
             for shard in unwanted:
                 del self._until[shard]
             self._changed(self.held)
-            # The lane finishes the batch it has in hand; whoever takes over meanwhile is fenced by the indexes.
+            # The lane finishes the batch it has in hand; whoever takes over meanwhile is fenced by the indexes. But the
+            # next owner has to come behind its waiting read: what that still takes would be found too late, and later
+            # messages of the same connection be committed first.
+            await anyio.sleep(GIVING_UP_SECONDS)
             await self._broker.release_leases(self._worker_id, unwanted)
         asked_at = anyio.current_time()
         held = await self._broker.hold_leases(self._worker_id, wanted)

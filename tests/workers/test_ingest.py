@@ -358,6 +358,23 @@ async def test_redis_coming_back_empty_loses_no_committed_message_and_no_number(
     assert second["payload"]["sequence_number"] == 2
 
 
+async def test_a_lane_that_may_own_nothing_any_more_reads_nothing(yard: Yard) -> None:
+    """A process that had stood still took messages that the new owner was to commit, before it looked at its leases."""
+    async with run_lane(yard) as lane:
+        conv = await yard.create("ann", "bob")
+        await yard.next_down(records.CommandOutcome, 1)
+        lane.may_read = lambda: False
+        await anyio.sleep(2 * BLOCK_MS / 1000)
+        await yard.send(conv, "ann", "k1")
+        await anyio.sleep(0.5)
+        shard = keys.shard_of(conv, SHARDS)
+        pending: Any = await yard.broker.client.xpending(keys.ingest(shard), keys.INGEST_GROUP)
+        assert pending[0] == 0
+        lane.may_read = lambda: True
+        (ack,) = await yard.acks(1)
+    assert ack["payload"]["sequence_number"] == 1
+
+
 async def test_a_worker_outlives_a_flush_while_its_leases_move(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
     """FLUSHALL takes the leases too: others may take shards while this lane makes its streams again."""
     create = yard.broker._create_group

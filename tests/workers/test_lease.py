@@ -10,6 +10,7 @@ import pytest
 
 from protocol import keys
 from workers.broker import Broker, BrokerUnavailable, open_broker
+from workers.consumer import BLOCK_MS
 from workers.lease import Leases, preferred_owner, worker_info
 
 if TYPE_CHECKING:
@@ -93,6 +94,28 @@ async def test_a_clean_stop_gives_the_shards_back_at_once(broker: Broker) -> Non
         await until(lambda: len(one.held) == SHARDS, 3)
     await one.leases.release()
     assert await broker.hold_leases("worker-2", list(range(SHARDS))) == list(range(SHARDS))
+
+
+async def test_a_shard_that_is_given_up_stays_leased_until_the_last_read_of_it_is_over(broker: Broker) -> None:
+    """That read took a message from the next owner, who committed a later one of the same connection first."""
+    one, two = Worker(broker, "worker-1"), Worker(broker, "worker-2")
+    async with one.running():
+        await until(lambda: len(one.held) == SHARDS, 3)
+        async with two.running():
+            await until(lambda: len(one.held) < SHARDS, 8)
+            given_up_at = anyio.current_time()
+            assert not two.held
+            await until(lambda: two.held, 5)
+            assert anyio.current_time() - given_up_at > BLOCK_MS / 1000
+
+
+async def test_leases_are_not_current_once_the_clock_says_so(broker: Broker) -> None:
+    one = Worker(broker, "worker-1")
+    async with one.running():
+        await until(lambda: len(one.held) == SHARDS, 3)
+        assert one.leases.is_current
+    one.leases._until[3] = anyio.current_time() + 0.5
+    assert not one.leases.is_current
 
 
 async def test_a_lease_that_ended_while_the_process_stood_still_is_a_new_one(broker: Broker) -> None:
