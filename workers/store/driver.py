@@ -12,9 +12,9 @@ import pymongo.asynchronous.pool
 import pymongo.asynchronous.topology
 
 
-async def _wait_in_this_task(condition: Any, timeout: float | None) -> bool:
+async def _wait_in_this_task(condition: Any, seconds: float | None) -> bool:
     try:
-        async with asyncio.timeout(timeout):
+        async with asyncio.timeout(seconds):
             await condition.wait()
             return True
     except TimeoutError:
