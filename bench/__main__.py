@@ -25,6 +25,10 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
         "bench.gateway_cost",
         "CPU per message and memory per connection of both transports and three echo servers",
     ),
+    "simulate": (
+        "bench.simulate",
+        "the real code on a virtual clock, over twins of the servers, with faults from a seed",
+    ),
     "drain": ("bench.drain", "stop and start every gateway in turn under load: nobody loses anything"),
     "chaos": ("bench.chaos.campaign", "faults on real processes under load, and a verdict on every message"),
     "locust": ("bench.locust_run", "a short headless locust run with its HTML report"),

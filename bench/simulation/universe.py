@@ -1,0 +1,227 @@
+"""One run of the world from a seed: start it, let people talk while things break, let it come to rest, judge it."""
+
+from __future__ import annotations
+
+import gc
+import random
+import traceback
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+import structlog
+import trio
+
+from bench import journal
+from bench.simulation.evidence import history_of, queues_of, snapshot_of
+from bench.simulation.mongo import SET
+from bench.simulation.nemesis import Nemesis
+from bench.simulation.network import Clock, Network, make_deterministic
+from bench.simulation.processes import SHARDS, House, seams
+from bench.simulation.replica_set import ReplicaSet
+from bench.simulation.valkey import SERVER, Valkey
+from bench.simulation.workload import GROUP, Workload
+from workers.audit.auditor import audit
+from workers.audit.history import End, Fault
+
+if TYPE_CHECKING:
+    from bench.simulation.phones import Phone
+    from workers.audit.report import Violation
+
+STORY_SECONDS: Final = 8.0
+"""People talk and things break for so long."""
+REST_SECONDS: Final = 45.0
+"""From the last fault to the moment at which everybody must have everything (reliability.md, I14: 30 s; two more
+retries of a phone)."""
+LOOK_SECONDS: Final = 0.5
+PROOF_SECONDS: Final = 20.0
+FLUSH_SECONDS: Final = 2.5
+"""What is flushed later is flushed by then."""
+
+
+class Verdict(msgspec.Struct):
+    """What one seed came to."""
+
+    seed: int
+    violations: list[str]
+    events: int = 0
+    seconds: float = 0.0
+    """Of the virtual clock."""
+    sent: int = 0
+    faults: int = 0
+    trace: list[str] = []
+
+
+class World:
+    """Everything of one run."""
+
+    def __init__(self, seed: int, *, trace: bool) -> None:
+        self.seed = seed
+        self.rng = random.Random(f"trireme {seed}")
+        self.clock = Clock()
+        self.network = Network(self.clock, random.Random(self.rng.getrandbits(64)))
+        if trace:
+            self.network.trace = []
+        self.valkey = Valkey(self.network)
+        self.set = ReplicaSet(self.network)
+        self.journal: list[journal.Event] = []
+        self.violations: list[str] = []
+        self.blows: list[tuple[str, float, float]] = []
+        """(fault, from, to)."""
+
+    def record(self, event: journal.Event) -> None:
+        """What a phone did or saw."""
+        self.journal.append(event)
+
+    async def run(self) -> None:
+        """From start to rest."""
+        SERVER.set(self.valkey)
+        SET.set(self.set)
+        self.network.join()
+        try:
+            await self._live()
+        finally:
+            self.network.leave()
+
+    async def _live(self) -> None:
+        async with trio.open_nursery() as nursery:
+            house = House(self.network, nursery)
+            house.start_rest()
+            for _ in range(2):
+                house.start_gateway()
+                house.start_worker()
+            workload = Workload(self.network, house, self.record, random.Random(self.rng.getrandbits(64)))
+            await workload.begin(nursery)
+            nemesis = Nemesis(self.network, house, self.valkey, self.set, random.Random(self.rng.getrandbits(64)))
+            ends = self.clock.now + STORY_SECONDS
+            nursery.start_soon(workload.run, ends, name="workload")
+            await nemesis.run(ends, workload.phones)
+            self.blows = nemesis.blows
+            await self._come_to_rest(workload)
+            workload.speak_last()
+            await self._come_to_rest(workload)
+            await self._prove(workload.phones)
+            await self._come_to_rest(workload)
+            await trio.sleep(FLUSH_SECONDS)
+            self._judge(house, workload, {name for name, _, _ in nemesis.blows})
+            nursery.cancel_scope.cancel()
+
+    async def _come_to_rest(self, workload: Workload) -> None:
+        """Until nobody waits for anything."""
+        deadline = self.clock.now + REST_SECONDS
+        missing = ["nothing was looked at"]
+        while missing and self.clock.now < deadline and not self.network.crashes:
+            await trio.sleep(LOOK_SECONDS)
+            missing = self._missing(workload)
+        self.violations += [f"I14: {what}" for what in missing]
+
+    def _missing(self, workload: Workload) -> list[str]:
+        """What has not come about yet."""
+        missing = [] if workload.done else ["a command of REST has no outcome"]
+        missing += [f"{phone.client.device_id} is not online" for phone in workload.phones if not phone.online]
+        for phone in workload.phones:
+            missing += [f"{phone.client.device_id} has no outcome for {key}" for key in phone.client.pending]
+        for queue in queues_of(self.valkey.keyspace, SHARDS).shards:
+            if queue.pending or queue.unread:
+                missing.append(f"shard {queue.shard} has {queue.unread} entries unread and {queue.pending} pending")
+        members: dict[str, list[dict[str, Any]]] = {}
+        for member in self.set.committed.get("memberships", {}).values():
+            members.setdefault(member["user_id"], []).append(member)
+        heads: dict[str, int] = {}
+        for message in self.set.committed.get("messages", {}).values():
+            name = message["conversation_id"]
+            heads[name] = max(heads.get(name, 0), message["sequence_number"])
+        for phone in workload.phones:
+            for member in members.get(phone.client.user_id, ()):
+                name = member["conversation_id"]
+                last = heads.get(name, 0)
+                log = phone.client.logs.get(name)
+                cursor = 0 if log is None or log.cursor is None else log.cursor
+                if "leave_seq" not in member and last >= member["join_seq"] and cursor < last:
+                    missing.append(f"{phone.client.device_id} has {cursor} of {last} in {name}")
+        return missing
+
+    async def _prove(self, phones: list[Phone]) -> None:
+        """Every phone compares its digests with the server's."""
+        with trio.move_on_after(PROOF_SECONDS):
+            for asks in (True, False):
+                while not all(phone.client.synced for phone in phones):  # noqa: ASYNC110 -- time is virtual
+                    await trio.sleep(LOOK_SECONDS)
+                for phone in phones if asks else ():
+                    phone.sync()
+            return
+        self.violations += [f"I14: {p.client.device_id} got no sync_complete" for p in phones if not p.client.synced]
+
+    def _judge(self, house: House, workload: Workload, faults: set[str]) -> None:
+        now = self.clock.now
+        events = [
+            *history_of(self.journal, GROUP),
+            *workload.counts,
+            *workload.announced,
+            *self._fault_events(),
+            End(t=now),
+        ]
+        events.sort(key=lambda event: event.t)
+        snapshot = snapshot_of(self.set, self.valkey.keyspace, SHARDS, now)
+        self.violations += [str(found) for found in audit(events, snapshot) if not _is_excused(found, faults)]
+        self.violations += [f"digest: {event}" for event in self.journal if isinstance(event, journal.Contradicted)]
+        self.violations += [phone.complaint for phone in workload.phones if phone.complaint]
+        if faults.isdisjoint(LOSSES):
+            stored = {message["idempotency_key"] for message in self.set.committed.get("messages", {}).values()}
+            self.violations += [f"I12: {key} was taken and is nowhere" for key in house.taken if key not in stored]
+        if (bugs := house.isolated_errors()) > 0:
+            self.violations.append(f"{bugs} bugs ended one connection")
+
+    def _fault_events(self) -> list[Fault]:
+        return [Fault(t=begun, what=name, since=begun, until=ended) for name, begun, ended in self.blows]
+
+
+LOSSES: Final = frozenset(("wipe", "restart_empty", "restart_behind"))
+TWO_OWNERS: Final = frozenset(("pause_worker", "steal_leases", "wipe", "restart_empty", "restart_behind"))
+
+
+def _is_excused(found: Violation, faults: set[str]) -> bool:
+    """What nobody promises under these faults.
+
+    Two owners of a shard tell receipts from two memories: for as long as that lasts, what one told may be behind what
+    the other did; what is stored only goes forward. And a Redis that loses entries loses them without an error: a
+    message comes into the log with its retry, behind those that were sent after it.
+    """
+    if found.invariant == "I9" and found.statement == "marks went back":
+        return not faults.isdisjoint(TWO_OWNERS)
+    if found.invariant == "I7" and found.statement.startswith("sent later"):
+        return not faults.isdisjoint(LOSSES)
+    return False
+
+
+def run_universe(seed: int, *, trace: bool = False) -> Verdict:
+    """One seed, from start to verdict."""
+    world = World(seed, trace=trace)
+    make_deterministic(random.Random(world.rng.getrandbits(64)))
+    gc_was_on = gc.isenabled()
+    gc.disable()
+    try:
+        with seams(world.network, random.Random(world.rng.getrandbits(64))):
+            trio.run(world.run, clock=world.clock)
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        world.violations.append("crash: " + "".join(traceback.format_exception(error)))
+    finally:
+        world.violations += [f"crash: {text}" for text in world.network.crashes[:5]]
+        if gc_was_on:
+            gc.enable()
+    sent = sum(type(event).__name__ == "Sent" for event in world.journal)
+    return Verdict(
+        seed=seed,
+        violations=world.violations,
+        events=world.network.events,
+        seconds=world.clock.now,
+        sent=sent,
+        faults=len(world.blows),
+        trace=world.network.trace or [],
+    )
+
+
+def quiet_logs() -> None:
+    """The product's log lines are of no use here, and cost more than the product."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50), cache_logger_on_first_use=True)
