@@ -209,11 +209,11 @@ class Lane:
                 if anyio.current_time() >= look_at:
                     look_at = anyio.current_time() + STALE_SECONDS
                     self._new_shards += await self._takeover.strangers(list(self._logs))
-                if self._new_shards:
-                    await self._dead_letters.load(self._new_shards)
                 while self._new_shards:
-                    # Taken out before the wait, in which more may be added behind it.
-                    await self._takeover.read(self._new_shards.pop())
+                    # Taken out before the waits, in which more may be added behind it.
+                    shard = self._new_shards.pop()
+                    await self._dead_letters.load((shard,))
+                    await self._takeover.read(shard)
                 await self.wait_for_room()
                 await anyio.sleep_until(taken_at + READ_SPACING_SECONDS)
                 # Looked at behind the waits: a lease may have ended during them. What is taken of another's shard, its

@@ -10,6 +10,7 @@ of its log. Where no letter is known in a lane's shards, nothing of this costs a
 from __future__ import annotations
 
 import random
+from collections import Counter
 from datetime import timedelta
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -155,22 +156,56 @@ def _unplaced(record: records.SendMessage, message_id: str, now_ms: int) -> Stor
     )
 
 
+class _Known:
+    """Letters that are, or were lately, in the way; the store knows which of the two. The id of an entry's letter is a
+    hash: it is made only where the conversation has a letter."""
+
+    def __init__(self) -> None:
+        self._places: dict[str, tuple[int, str]] = {}
+        self._letters: Counter[str] = Counter()
+        """Conversation → letters."""
+
+    def __bool__(self) -> bool:
+        return bool(self._places)
+
+    def names(self, entry: Entry) -> bool:
+        """Is there a letter of what this entry asks for?"""
+        return entry.conversation_id in self._letters and letter_id_of(entry) in self._places
+
+    def add(self, letter_id: str, shard: int, conversation_id: str) -> None:
+        if letter_id not in self._places:
+            self._places[letter_id] = (shard, conversation_id)
+            self._letters[conversation_id] += 1
+
+    def drop(self, letter_id: str) -> None:
+        place = self._places.pop(letter_id, None)
+        if place is not None:
+            self._letters[place[1]] -= 1
+            if not self._letters[place[1]]:
+                del self._letters[place[1]]
+
+    def keep(self, shards: frozenset[int]) -> None:
+        """Forget those of other shards."""
+        self._places = {name: place for name, place in self._places.items() if place[0] in shards}
+        self._letters = Counter(conversation_id for _, conversation_id in self._places.values())
+
+
 class DeadLetters:
     """The letters of one lane's shards. `load` before the first entry of a shard is taken."""
 
     def __init__(self, letters: DeadLetterStore, messages: MessageStore) -> None:
         self._letters = letters
         self._messages = messages
-        self._known: dict[str, int] = {}
-        """Id → shard of letters that are, or were lately, in the way. The store knows which of the two."""
+        self._known = _Known()
 
     async def load(self, shards: Iterable[int]) -> None:
         """These shards are the lane's now. Raises StoreUnavailable."""
-        self._known.update(await self._letters.of_shards(shards))
+        for letter_id, shard, conversation_id in await self._letters.of_shards(shards):
+            self._known.add(letter_id, shard, conversation_id)
 
     def forget_shards(self, kept: frozenset[int]) -> None:
         """The others are another owner's now."""
-        self._known = {name: shard for name, shard in self._known.items() if shard in kept}
+        self._known.keep(kept)
 
     # --- before a commit ---------------------------------------------------------------------------------------------
 
@@ -178,10 +213,10 @@ class DeadLetters:
         """The entries that may be committed, and what the senders of the others are told. Waits for the store."""
         if not self._known and not any(entry.letter_id for entry in batch):
             return batch, []
-        named = {entry.entry_id: letter_id_of(entry) for entry in batch}
-        doubtful = [entry for entry in batch if entry.letter_id or named[entry.entry_id] in self._known]
+        doubtful = [entry for entry in batch if entry.letter_id or self._known.names(entry)]
         if not doubtful:
             return batch, []
+        named = {entry.entry_id: letter_id_of(entry) for entry in doubtful}
         wanted = {entry.letter_id or named[entry.entry_id] for entry in doubtful}
         letters = await _insist(self._letters.by_ids, wanted)
         placed = await _insist(self._messages.find_keys, [entry.key for entry in doubtful])
@@ -208,7 +243,7 @@ class DeadLetters:
             await _insist(self._letters.resolve, letter_id, "its message is in the log", from_ms(now_ms))
         is_settled = letter is None or (letter.status is DLQStatus.RESOLVED and letter.refused_at is msgspec.UNSET)
         if is_placed or is_settled:
-            self._known.pop(letter_id, None)
+            self._known.drop(letter_id)
             return True
         return False
 
@@ -242,7 +277,7 @@ class DeadLetters:
         letter_id = letter_id_of(entry)
         await _insist(self._letters.bury, letter_id, letter)
         if not isinstance(entry.record, records.LookAtAccount):
-            self._known[letter_id] = entry.shard
+            self._known.add(letter_id, entry.shard, entry.conversation_id)
         log.error("entry_buried", letter=letter_id, conversation_id=entry.conversation_id, reason=reason[:200])
         twins = [other for other in batch if other is entry or letter_id_of(other) == letter_id]
         for twin in twins:
@@ -298,7 +333,7 @@ class DeadLetters:
         known_id = letter_id_of(named)
         await _insist(self._letters.bury, known_id, letter)
         await _insist(self._letters.remove, letter_id)
-        self._known[known_id] = entry.shard
+        self._known.add(known_id, entry.shard, named.conversation_id)
         log.warning("letter_named", letter=known_id, before=letter_id)
         return _queued(record, WAITING_RETRY_MS)
 
@@ -314,14 +349,14 @@ class DeadLetters:
             if why is not None:
                 reason = f"{why.code}: {why.message}"
                 await _insist(self._letters.reject_try, letter_id, reason, now)
-                self._known[letter_id_of(entry)] = entry.shard
+                self._known.add(letter_id_of(entry), entry.shard, entry.conversation_id)
                 metrics.REPLAYS.labels("rejected").inc()
                 log.warning("replay_rejected", letter=letter_id, reason=reason)
                 continue
             place = plan.known.get(entry.key)
             reason = "done" if place is None else f"committed as {place.message_id}, number {place.sequence_number}"
             await _insist(self._letters.resolve, letter_id, reason, now)
-            self._known.pop(letter_id, None)
+            self._known.drop(letter_id)
             metrics.REPLAYS.labels("resolved").inc()
             log.info("replay_committed", letter=letter_id, reason=reason)
 

@@ -347,7 +347,7 @@ async def test_no_outage_of_the_store_makes_a_dead_letter(yard: Yard, monkeypatc
                 owner = await owners.enter_async_context(run_lane(yard))
 
                 async def has_read_it(times: int = number) -> bool:
-                    return [found.times for found in await Suspects(yard.broker).pending(shard, b"0", 10)] == [times]
+                    return any(found.times >= times for found in await Suspects(yard.broker).pending(shard, b"0", 10))
 
                 await eventually(has_read_it, 10)
                 await lose_its_lease(owner)

@@ -76,14 +76,15 @@ class DeadLetterStore:
         with store_errors():
             await self._letters.delete_one({"_id": letter_id})
 
-    async def of_shards(self, shards: Iterable[int]) -> dict[str, int]:
-        """Letter id → shard of all whose records must not be committed without looking at the letter first."""
-        wanted = {"shard": {"$in": list(shards)}, **_UNSETTLED}
+    async def of_shards(self, shards: Iterable[int]) -> list[tuple[str, int, str]]:
+        """(letter id, shard, conversation) of all whose records must not be committed without looking at the letter
+        first. Those that nobody could read are in nobody's way."""
+        wanted = {"shard": {"$in": list(shards)}, "conversation_id": {"$exists": True}, **_UNSETTLED}
         with store_errors():
-            return {
-                letter["_id"]: letter["shard"]
-                async for letter in self._letters.find(wanted, {"shard": 1}, limit=KNOWN_LIMIT)
-            }
+            return [
+                (letter["_id"], letter["shard"], letter["conversation_id"])
+                async for letter in self._letters.find(wanted, {"shard": 1, "conversation_id": 1}, limit=KNOWN_LIMIT)
+            ]
 
     async def by_ids(self, letter_ids: Iterable[str]) -> dict[str, DeadLetterQueueEntry]:
         """These letters without their bodies; unknown ids are left out."""
