@@ -35,6 +35,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "conformance": ("bench.conformance", "schemathesis against the HTTP API: does it keep what its document says"),
     "autobahn": ("bench.autobahn", "the Autobahn cases against both transports, judged by four gates"),
     "bounds": ("bench.bounds", "write docs/bounds.md: every bound with its reason, gauge and test"),
+    "fuzz": ("bench.fuzz", "bytes of strangers against every reader, broken sessions against real gateways"),
     "reference": ("bench.reference", "write docs/reference.md: every frame, route and code, from the code"),
 }
 """Command → (module, help)."""

@@ -114,13 +114,23 @@ def transcode_to_msgpack(json_frame: bytes) -> bytes:
 
 
 Decoded = TypeVar("Decoded")
+Data = TypeVar("Data")
 
 
 def _record_decoder(decoder: msgspec.msgpack.Decoder[Decoded]) -> Callable[[bytes], Decoded]:
-    """Bytes of a stream → record. Raises msgspec.DecodeError, also where msgspec lets a lower error through."""
-    decode_bytes = decoder.decode
+    """Bytes of a stream → record. Raises msgspec.DecodeError."""
+    return _only_decode_errors(decoder.decode)
 
-    def decode(data: bytes) -> Decoded:
+
+def _value_decoder(decoder: msgspec.json.Decoder[Decoded]) -> Callable[[bytes | str], Decoded]:
+    """Bytes of a Redis value or channel → what they say. Raises msgspec.DecodeError."""
+    return _only_decode_errors(decoder.decode)
+
+
+def _only_decode_errors(decode_bytes: Callable[[Data], Decoded]) -> Callable[[Data], Decoded]:
+    """msgspec lets lower errors through: bad UTF-8 in a tag, depth."""
+
+    def decode(data: Data) -> Decoded:
         try:
             return decode_bytes(data)
         except (UnicodeDecodeError, RecursionError) as error:
@@ -145,13 +155,13 @@ encode_down = _to_msgpack
 decode_down = _record_decoder(msgspec.msgpack.Decoder[list[records.DownItem]](list[records.DownItem]))
 
 encode_value = msgspec.json.Encoder().encode
-decode_registry = msgspec.json.Decoder(ConnectionRegistry).decode
-decode_presence = msgspec.json.Decoder(Presence).decode
-decode_instance = msgspec.json.Decoder(records.InstanceInfo).decode
-decode_signal = msgspec.json.Decoder(records.UserSignal).decode
-decode_presence_change = msgspec.json.Decoder(records.PresenceChange).decode
-decode_ticket = msgspec.json.Decoder(records.MigrationTicket).decode
-decode_system_event = msgspec.json.Decoder(SystemEvent).decode
+decode_registry = _value_decoder(msgspec.json.Decoder(ConnectionRegistry))
+decode_presence = _value_decoder(msgspec.json.Decoder(Presence))
+decode_instance = _value_decoder(msgspec.json.Decoder(records.InstanceInfo))
+decode_signal = _value_decoder(msgspec.json.Decoder(records.UserSignal))
+decode_presence_change = _value_decoder(msgspec.json.Decoder(records.PresenceChange))
+decode_ticket = _value_decoder(msgspec.json.Decoder(records.MigrationTicket))
+decode_system_event = _value_decoder(msgspec.json.Decoder(SystemEvent))
 
 
 class _EventType(msgspec.Struct):
@@ -160,7 +170,7 @@ class _EventType(msgspec.Struct):
     type: Literal["trireme.message.received.v1", "trireme.agent.response.v1"]
 
 
-_event_type = msgspec.json.Decoder(_EventType).decode
+_event_type = _value_decoder(msgspec.json.Decoder(_EventType))
 _EVENTS: Final[dict[str, Callable[[bytes], events.Event]]] = {
     events.MESSAGE_RECEIVED: msgspec.json.Decoder(events.CloudEvent[events.MessageReceivedEvent]).decode,
     events.AGENT_RESPONSE: msgspec.json.Decoder(events.CloudEvent[events.AgentResponseEvent]).decode,
