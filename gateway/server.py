@@ -26,6 +26,8 @@ from gateway.wire import WireError
 from protocol.errors import CloseCode
 
 if TYPE_CHECKING:
+    import ssl
+
     from gateway.settings import Settings
     from gateway.transport import Host, TransportLimits, TransportServer
 
@@ -74,15 +76,20 @@ def stop_listening(listener: socket.socket) -> None:
         listener.shutdown(socket.SHUT_RDWR)
 
 
-def open_transport(kind: str, host: Host, limits: TransportLimits) -> TransportServer:
-    """The transport by its setting. Imported only when used: each brings its own WebSocket library."""
+def open_transport(
+    kind: str, host: Host, limits: TransportLimits, tls: ssl.SSLContext | None = None
+) -> TransportServer:
+    """The transport by its setting. Imported only when used: each brings its own WebSocket library.
+
+    `tls` is for the trio-websocket one alone; `load_settings` has seen to that.
+    """
     if kind == "epoll":
         from gateway.epoll import EpollServer  # noqa: PLC0415 -- Linux only
 
         return EpollServer(host, limits)
     from gateway.trio_ws import TrioWebSocketServer  # noqa: PLC0415 -- not loaded by the default
 
-    return TrioWebSocketServer(host, limits)
+    return TrioWebSocketServer(host, limits, tls)
 
 
 class Gateway:
@@ -116,7 +123,7 @@ class Gateway:
             wall_ms=wall_ms,
             pages=self._answer_page,
         )
-        self.transport = open_transport(settings.gateway_transport, self.hub, settings.transport_limits)
+        self.transport = open_transport(settings.gateway_transport, self.hub, settings.transport_limits, settings.tls)
         self.timers = TimerRole(
             self.hub.wheel, [Job("transport_sweep", self.transport.sweep), Job("hub_sweep", self.hub.sweep)]
         )

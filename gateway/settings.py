@@ -14,12 +14,14 @@ from msgspec import Meta
 
 from gateway.admission import PublicKeys
 from gateway.arrivals import TrustedProxies
+from gateway.tls import load_context
 from gateway.transport import WEBSOCKET_PATH, TransportLimits
 from gateway.wire import Address
 from protocol import dev_keys, keys
 from protocol.limits import Limits
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Callable, Mapping
 
 PREFIX: Final = "TRIREME_"
@@ -56,7 +58,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     gateway_port: Port = 8765
     gateway_transport: Literal["epoll", "trio-websocket"] = "epoll"
     gateway_endpoint: str = ""
-    """Where clients reach this instance; `ws://host:port/v1/ws` when empty."""
+    """Where clients reach this instance; `ws://host:port/v1/ws` when empty, `wss://` with a certificate."""
+    tls_certificate: str = ""
+    """File with the chain, PEM; empty: no TLS here, a proxy ends it. The trio-websocket transport only."""
+    tls_key: str = ""
+    """File with its private key, PEM."""
     shards: Annotated[int, Meta(ge=1, le=keys.MAX_SHARDS)] = keys.DEFAULT_SHARDS
     drain_seconds: Annotated[float, Meta(gt=0, le=300)] = 4.0
     """From SIGTERM to the end of the process. honcho kills after 5 s; a service manager may allow 30 s."""
@@ -104,7 +110,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     def endpoint(self) -> str:
         """What the instance's lease says."""
         host = f"[{self.gateway_host}]" if ":" in self.gateway_host else self.gateway_host
-        return self.gateway_endpoint or f"ws://{host}:{self.gateway_port}{WEBSOCKET_PATH}"
+        scheme = "wss" if self.tls_certificate else "ws"
+        return self.gateway_endpoint or f"{scheme}://{host}:{self.gateway_port}{WEBSOCKET_PATH}"
+
+    @property
+    def tls(self) -> ssl.SSLContext | None:
+        """Reads both files. Raises ValueError."""
+        return load_context(self.tls_certificate, self.tls_key) if self.tls_certificate else None
 
 
 def load_settings(environ: Mapping[str, str]) -> Settings:
@@ -129,7 +141,18 @@ def load_settings(environ: Mapping[str, str]) -> Settings:
     )
     _check(f"{PREFIX}REDIS_URL", Address.parse, values["redis_url"])
     _check(f"{PREFIX}JWT_PUBLIC_KEY", PublicKeys, values["jwt_public_key"])
-    return Settings(**values, limits=limits, transport_limits=transport_limits)
+    settings = Settings(**values, limits=limits, transport_limits=transport_limits)
+    _check_tls(settings)
+    return settings
+
+
+def _check_tls(settings: Settings) -> None:
+    if bool(settings.tls_certificate) is not bool(settings.tls_key):
+        missing = "TLS_KEY" if settings.tls_certificate else "TLS_CERTIFICATE"
+        raise SettingError(f"{PREFIX}{missing} is not set: a certificate and its key go together")
+    if settings.tls_certificate and settings.gateway_transport != "trio-websocket":
+        raise SettingError(f"{PREFIX}TLS_CERTIFICATE needs {PREFIX}GATEWAY_TRANSPORT=trio-websocket")
+    _check(f"{PREFIX}TLS_CERTIFICATE", lambda _: settings.tls, "")
 
 
 def _load_limits(environ: Mapping[str, str], kind: type[Struct]) -> Struct:

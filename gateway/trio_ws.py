@@ -20,14 +20,18 @@ from wsproto.utilities import LocalProtocolError
 
 from gateway import upgrade
 from gateway.buffers import Held, Outbox
+from gateway.tls import SecureStream
 from gateway.transport import Buffered, Host, Link, Outgoing, TransportLimits, TransportServer
 from gateway.websocket import FrameMeter, close_frame
 from protocol.errors import CloseCode
 
 if TYPE_CHECKING:
     import socket
+    import ssl
 
     from protocol.codec import FrameCodec
+
+_Network = trio.SocketStream | SecureStream
 
 RECEIVE_BYTES: Final = 16 * 1024
 _CLOSE_BYTE: Final = 0x88
@@ -48,8 +52,10 @@ _FAILURES: Final = {
 class TrioWebSocketServer(TransportServer):
     """See `transport.TransportServer`."""
 
-    def __init__(self, host: Host, limits: TransportLimits) -> None:
+    def __init__(self, host: Host, limits: TransportLimits, tls: ssl.SSLContext | None = None) -> None:
+        """`tls`: every connection is a TLS one."""
         super().__init__(host, limits)
+        self._tls = tls
         self._connections: set[_Connection] = set()
         self._accepting = trio.CancelScope()
 
@@ -85,7 +91,7 @@ class TrioWebSocketServer(TransportServer):
 
     async def _serve_stream(self, stream: trio.SocketStream) -> None:
         self.accepted += 1
-        connection = _Connection(self, stream)
+        connection = _Connection(self, stream if self._tls is None else SecureStream(stream, self._tls))
         self._connections.add(connection)
         try:
             await connection.run()
@@ -118,7 +124,7 @@ def _nothing() -> None:
 class _GuardedStream(trio.abc.Stream):
     """The network as the library sees it: first the head that was already read, then frames within the limits."""
 
-    def __init__(self, connection: _Connection, stream: trio.SocketStream, head: bytes, early: bytes) -> None:
+    def __init__(self, connection: _Connection, stream: _Network, head: bytes, early: bytes) -> None:
         self._connection = connection
         self._stream = stream
         self._head = head
@@ -219,7 +225,7 @@ class _GuardedStream(trio.abc.Stream):
 class _Connection:
     """Implements `transport.Transport`."""
 
-    def __init__(self, server: TrioWebSocketServer, stream: trio.SocketStream) -> None:
+    def __init__(self, server: TrioWebSocketServer, stream: _Network) -> None:
         limits = server.limits
         now = trio.current_time()
         self._server = server

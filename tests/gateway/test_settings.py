@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import ssl
+from typing import TYPE_CHECKING
+
 import pytest
+import trustme
 
 from gateway.settings import SettingError, load_settings
 from gateway.wire import Address
 from protocol import dev_keys
 from protocol.limits import Limits
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 PRODUCTION = {"TRIREME_REDIS_URL": "redis://r:1", "TRIREME_JWT_PUBLIC_KEY": dev_keys.PUBLIC_JWK}
 
@@ -84,3 +91,35 @@ def test_a_malformed_variable_is_one_line_that_names_it_and_keeps_its_value_secr
     assert "\n" not in line
     assert "hunter2" not in line
     assert "aHVudGVyMg" not in line
+
+
+def test_a_certificate_makes_the_endpoint_secure(tmp_path: Path) -> None:
+    issued = trustme.CA().issue_cert("chat.example.org")
+    chain, key = tmp_path / "chain.pem", tmp_path / "key.pem"
+    issued.private_key_pem.write_to_path(str(key))
+    chain.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
+    files = {"TRIREME_TLS_CERTIFICATE": str(chain), "TRIREME_TLS_KEY": str(key)}
+    settings = load_settings(PRODUCTION | files | {"TRIREME_GATEWAY_TRANSPORT": "trio-websocket"})
+    assert settings.endpoint == "wss://127.0.0.1:8765/v1/ws"
+    assert settings.tls is not None
+    assert settings.tls.minimum_version is ssl.TLSVersion.TLSv1_2
+    assert load_settings(PRODUCTION).tls is None
+    with pytest.raises(SettingError, match="TRIREME_GATEWAY_TRANSPORT=trio-websocket"):
+        load_settings(PRODUCTION | files)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"TRIREME_TLS_CERTIFICATE": "/nowhere"}, "TRIREME_TLS_KEY is not set"),
+        ({"TRIREME_TLS_KEY": "/nowhere"}, "TRIREME_TLS_CERTIFICATE is not set"),
+        (
+            {"TRIREME_TLS_CERTIFICATE": "/nowhere", "TRIREME_TLS_KEY": "/nowhere"},
+            "TRIREME_TLS_CERTIFICATE is malformed",
+        ),
+    ],
+)
+def test_half_a_certificate_is_none(given: dict[str, str], named: str) -> None:
+    with pytest.raises(SettingError, match=named) as refused:
+        load_settings(PRODUCTION | {"TRIREME_GATEWAY_TRANSPORT": "trio-websocket"} | given)
+    assert "\n" not in str(refused.value)

@@ -85,7 +85,7 @@ async def test_c1_ten_thousand_cancelled_calls_never_give_their_answer_to_anothe
 ) -> None:
     """Redis answers 100 ms late, and callers leave at any moment before, after and between: every value that comes
     carries the key it was asked for (the leak of redis-py#2665)."""
-    wire = await started(nursery, make_wire(proxy.address))
+    wire = await started(nursery, make_wire(proxy.address, deadline_seconds=30.0))
     assert await wire.call("MSET", *(word for key in range(KEYS) for word in (f"k{key}", f"value of k{key}"))) == b"OK"
     proxy.delay_seconds = 0.1
     generator = random.Random(11)
