@@ -2,7 +2,8 @@
 
 The cases are played against the gateway's own transport classes (`echo_gateway`), by kosoku (Python 3, in the tests) or
 by the original Autobahn|Testsuite (Python 2.7, which it installs into an environment of its own). Both write the same
-report; what counts is its `index.json`, never an exit status. The gates are G1 to G4 of reliability.md section 1.
+report; what counts is its `index.json`, never an exit status. The gates are G1 to G4 of reliability.md section 1;
+`--tls` plays them over TLS, which is G5.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
+import trustme
 
 from bench import autobahn_page, figures
 from bench.autobahn_suites import SUITES, Case, SuiteError
 from bench.driver_process import open_peer
+from bench.services import HOST
 from gateway.transport import WEBSOCKET_PATH
 from protocol.errors import CloseCode
 
@@ -87,6 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--suite", choices=SUITES, default="kosoku")
     parser.add_argument("--cases", nargs="+", metavar="GLOB", help="only these cases; then their number is not judged")
     parser.add_argument("--at-once", type=int, default=1, help="cases played side by side (kosoku)")
+    parser.add_argument("--tls", action="store_true", help="over TLS (G5): trio-websocket and the original suite only")
     parser.add_argument("--python2", metavar="FILE", help="a Python 2.7 for the original suite")
     parser.add_argument("--pages", metavar="FOLDER", help="write a page of the results per transport there")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
@@ -95,12 +99,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Exit status 0 when every gate is passed."""
     transports = TRANSPORTS if args.transport == "both" else (args.transport,)
+    if args.tls:
+        if args.suite != "autobahn":
+            print("bench autobahn: kosoku speaks no TLS; say --suite autobahn", file=sys.stderr)
+            return 2
+        transports = ("trio-websocket",)
     found: dict[str, object] = {}
     violations: list[str] = []
     try:
         suite = SUITES[args.suite](args.python2, args.at_once)
         for transport in transports:
-            verdicts, cases = play(transport, suite, args.cases or EVERY)
+            verdicts, cases = play(transport, suite, args.cases or EVERY, secure=args.tls)
             violations += [line for verdict in verdicts for line in verdict.violations]
             found[transport] = {
                 verdict.gate: f"{verdict.played} cases, {len(verdict.violations)} bad, {verdict.seconds:.0f} s"
@@ -118,17 +127,20 @@ def main(args: argparse.Namespace) -> int:
     return 1 if violations else 0
 
 
-def play(transport: str, suite: Suite, only: Sequence[str] = EVERY) -> tuple[list[Verdict], dict[str, Case]]:
-    """Every gate against this transport: the verdicts, and every case by gate and id. Raises SuiteError."""
+def play(
+    transport: str, suite: Suite, only: Sequence[str] = EVERY, *, secure: bool = False
+) -> tuple[list[Verdict], dict[str, Case]]:
+    """Every gate against this transport: the verdicts, and every case by gate and id. Raises SuiteError.
+
+    `secure`: over TLS, with a certificate made for it (gate G5 is the other four over TLS).
+    """
     verdicts: list[Verdict] = []
     found: dict[str, Case] = {}
     for limits in ("suite", "production"):
         with ExitStack() as exits:
             directory = Path(exits.enter_context(tempfile.TemporaryDirectory(prefix="trireme-autobahn-")))
-            urls = {
-                kind: f"ws://127.0.0.1:{exits.enter_context(_open_echo(transport, kind, limits))}{WEBSOCKET_PATH}"
-                for kind in ("text", "binary")
-            }
+            tls = _issue(directory) if secure else []
+            urls = {kind: exits.enter_context(_open_echo(transport, kind, limits, tls)) for kind in ("text", "binary")}
             for gate in GATES:
                 if gate.limits == limits:
                     began = time.monotonic()
@@ -140,9 +152,18 @@ def play(transport: str, suite: Suite, only: Sequence[str] = EVERY) -> tuple[lis
 
 
 @contextmanager
-def _open_echo(transport: str, kind: str, limits: str) -> Iterator[int]:
-    with open_peer(transport, kind, limits, module="bench.echo_gateway") as (_, port):
-        yield port
+def _open_echo(transport: str, kind: str, limits: str, tls: list[str]) -> Iterator[str]:
+    with open_peer(transport, kind, limits, *tls, module="bench.echo_gateway") as (_, port):
+        yield f"{'wss' if tls else 'ws'}://127.0.0.1:{port}{WEBSOCKET_PATH}"
+
+
+def _issue(directory: Path) -> list[str]:
+    """Options of `echo_gateway` for a new certificate."""
+    issued = trustme.CA().issue_cert(HOST)
+    chain, key = directory / "chain.pem", directory / "key.pem"
+    chain.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
+    issued.private_key_pem.write_to_path(str(key))
+    return ["--tls", str(chain), str(key)]
 
 
 def _play_gate(gate: Gate, urls: dict[str, str], suite: Suite, only: Sequence[str], directory: Path) -> dict[str, Case]:

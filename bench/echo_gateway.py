@@ -19,10 +19,13 @@ import trio
 from bench.services import HOST
 from gateway.server import open_transport
 from gateway.timers import Job, TimerRole, TimerWheel
+from gateway.tls import load_context
 from gateway.transport import Outgoing, Transport, TransportLimits, framed
 from protocol.codec import SUBPROTOCOL_JSON, SUBPROTOCOL_MSGPACK
 
 if TYPE_CHECKING:
+    import ssl
+
     from gateway.transport import HttpAnswer
     from protocol.codec import FrameCodec
 
@@ -85,9 +88,9 @@ class EchoHost:
         return None
 
 
-async def serve(kind: str, limits: TransportLimits) -> None:
+async def serve(kind: str, limits: TransportLimits, tls: ssl.SSLContext | None) -> None:
     """Until cancelled, with the timer role that ends what is past its deadline."""
-    server = open_transport(kind, EchoHost(), limits)
+    server = open_transport(kind, EchoHost(), limits, tls)
     timers = TimerRole(TimerWheel(), [Job("transport_sweep", server.sweep)])
     with socket.create_server((HOST, 0), backlog=1024) as listener:
         async with trio.open_nursery() as nursery:
@@ -102,10 +105,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("transport", choices=("epoll", "trio-websocket"))
     parser.add_argument("kind", choices=SUBPROTOCOLS)
     parser.add_argument("limits", choices=LIMITS)
+    parser.add_argument("--tls", nargs=2, metavar="FILE", help="certificate chain and key")
     args = parser.parse_args(arguments)
     limits = msgspec.structs.replace(LIMITS[args.limits], unasked_subprotocol=SUBPROTOCOLS[args.kind])
     with contextlib.suppress(KeyboardInterrupt):
-        trio.run(serve, args.transport, limits)
+        trio.run(serve, args.transport, limits, load_context(*args.tls) if args.tls else None)
     return 0
 
 
