@@ -199,6 +199,7 @@ class TwinCollection:
         def serve() -> None:
             self._each(encoded, lambda document: self._set.insert(self._name, document), ordered=ordered)
 
+        self._set.network.pass_by(self._client.owner)
         await self._client.ask(serve, durable=self._durable, bulk=True)
 
     async def bulk_write(self, operations: Sequence[Operation], ordered: bool = True) -> None:

@@ -169,6 +169,8 @@ class Network:
         self.trace: list[str] | None = None
         self.events = 0
         self.crashes: list[str] = []
+        self.ambush: Callable[[Process], None] | None = None
+        """Called once, with the next process that acknowledges or inserts: a fault that waits for its moment."""
         self.slow = 0.02
         """Part of the messages that take long."""
         self._clock = clock
@@ -188,6 +190,12 @@ class Network:
         """Say what happened, for `--trace`."""
         if self.trace is not None:
             self.trace.append(f"{self._clock.now:10.6f} " + " ".join(map(str, what)))
+
+    def pass_by(self, owner: Process | None) -> None:
+        """This process acknowledges or inserts."""
+        if self.ambush is not None and owner is not None:
+            ambush, self.ambush = self.ambush, None
+            ambush(owner)
 
     def delay(self) -> float:
         """How long a message is under way: around a millisecond, seldom much longer."""

@@ -93,6 +93,8 @@ class _Exchange:
             network.at(network.delay(), None, self._fail, "Connection refused")
             return
         server.peers[self] = None
+        if self._commands[-1][0] == "EVAL":
+            network.pass_by(self._client.owner)
         network.at(network.delay(), None, self._arrive)
 
     def _arrive(self) -> None:
@@ -318,6 +320,6 @@ def _shape(name: Any, reply: Any) -> Any:
             return None if reply is None else [[key, entries] for key, entries in reply.items()]
         case "SMEMBERS":
             return set(reply)
-        case "SET" | "PING" | "XGROUP":
-            return reply is not None
+        case "SET" | "PING" | "LTRIM":
+            return None if reply is None else True
     return reply

@@ -162,6 +162,13 @@ class ReplicaSet:
         self.network.note("mongo", "secondaries stall")
         self.stalled_until = self.network.now + seconds
 
+    def reset(self) -> None:
+        """Connections to the primary break: who waits for a majority does not hear of it. It stays the primary."""
+        self.network.note("mongo", "connections break")
+        waiting, self._waiting = self._waiting, []
+        for _, call in waiting:
+            call(False)
+
     def fail_over(self, seconds: float) -> None:
         """Another primary after so long. It has some of what no majority had; the rest is rolled back."""
         kept = self.network.rng.randint(0, len(self._pending))
@@ -187,9 +194,7 @@ class ReplicaSet:
             self._pending.append(write._replace(position=self.position))
         self.stalled_until = 0.0
         self.primary_at = self.network.now + seconds
-        waiting, self._waiting = self._waiting, []
-        for _, call in waiting:
-            call(False)
+        self.reset()
         self.network.at(seconds + self.network.delay(), None, self._replicate, self.term, self.position)
 
     def _note_keys(self, collection: str, document: Document) -> None:

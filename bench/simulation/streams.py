@@ -182,14 +182,18 @@ class StreamCommands:
     ) -> dict[bytes, list[Entry]] | None:
         """XREADGROUP; `keeps`: what is read becomes pending (no NOACK)."""
         found: dict[bytes, list[Entry]] = {}
-        for key, after in list(streams):
+        wanted = list(streams)
+        for key, _ in wanted:  # all of them first: where one is missing, nothing is read
             stream: Stream | None = self.find(key, Stream)
-            group = None if stream is None else stream.groups.get(group_name)
-            if stream is None or group is None:
+            if stream is None or group_name not in stream.groups:
                 raise self.refusal(
                     f"NOGROUP No such key '{key.decode()}' or consumer group '{group_name.decode()}' "
                     "in XREADGROUP with GROUP option"
                 )
+        for key, after in wanted:
+            stream = self.find(key, Stream)
+            assert stream is not None
+            group = stream.groups[group_name]
             if after != b">":
                 found[key] = _pending(stream, group, consumer, place_of(after), count, self.now_ms())
             elif entries := stream.after(group.last, count):

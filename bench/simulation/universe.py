@@ -14,7 +14,7 @@ import trio
 from bench import journal
 from bench.simulation.evidence import history_of, queues_of, snapshot_of
 from bench.simulation.mongo import SET
-from bench.simulation.nemesis import Nemesis
+from bench.simulation.nemesis import LOSSES, Nemesis
 from bench.simulation.network import Clock, Network, make_deterministic
 from bench.simulation.processes import SHARDS, House, seams
 from bench.simulation.replica_set import ReplicaSet
@@ -100,8 +100,8 @@ class World:
             workload.speak_last()
             await self._come_to_rest(workload)
             await self._prove(workload.phones)
-            await self._come_to_rest(workload)
             await trio.sleep(FLUSH_SECONDS)
+            await self._come_to_rest(workload)
             self._judge(house, workload, {name for name, _, _ in nemesis.blows})
             nursery.cancel_scope.cancel()
 
@@ -175,8 +175,7 @@ class World:
         return [Fault(t=begun, what=name, since=begun, until=ended) for name, begun, ended in self.blows]
 
 
-LOSSES: Final = frozenset(("wipe", "restart_empty", "restart_behind"))
-TWO_OWNERS: Final = frozenset(("pause_worker", "steal_leases", "wipe", "restart_empty", "restart_behind"))
+TWO_OWNERS: Final = LOSSES | {"pause_worker", "steal_leases"}
 
 
 def _is_excused(found: Violation, faults: set[str]) -> bool:

@@ -33,7 +33,8 @@ ASIDE: Final = keys.direct_conversation_id(BOB, CAT)
 refused would depend on how long a copy of it was under way."""
 _SPEAKS: Final = {ANN: (GROUP, DIRECT), BOB: (GROUP, DIRECT, ASIDE), CAT: (ASIDE,)}
 DEVICES: Final = ((ANN, "ann1"), (BOB, "bob1"), (CAT, "cat1"), (ANN, "ann2"))
-MESSAGES: Final = 20
+MESSAGES: Final = 15
+ANNOUNCEMENTS: Final = 8
 START_SECONDS: Final = 12.0
 
 
@@ -98,7 +99,7 @@ class Workload:
         for _ in range(rng.randint(1, 4)):
             self._network.at_time(begins + rng.random() * (ends - begins), None, self._read, rng.choice(self.phones))
         async with trio.open_nursery() as nursery:
-            for _ in range(3):
+            for _ in range(ANNOUNCEMENTS):
                 nursery.start_soon(self._announce, begins + rng.random() * (ends - begins))
             for at in sorted(begins + rng.random() * (ends - begins) for _ in range(rng.randint(2, 5))):
                 await trio.sleep_until(at)

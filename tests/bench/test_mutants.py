@@ -22,15 +22,16 @@ FOUND_FROM: Final = {
     "no_unique_key": 0,
     "no_unique_sequence": 0,
     "pipelined_batches": 0,
-    "ack_at_w1": 20,
+    "ack_at_w1": 0,
     "unordered_bulk": 0,
     "publish_after_xack": 0,
     "pubsub_only": 0,
+    "dedupe_by_local_read": 0,
+    "take_over_by_local_read": 0,
+    "xack_before_insert": 0,
 }
 """Mutant → a seed from which it is found within `SEEDS`."""
-SEEDS: Final = 40
-NOT_YET_FOUND: Final = frozenset(("dedupe_by_local_read", "take_over_by_local_read", "xack_before_insert"))
-"""Rare: one universe in hundreds of the model's. The faults that make them common are still to be written."""
+SEEDS: Final = 60
 
 
 @pytest.mark.slow
@@ -43,4 +44,4 @@ def test_a_mutant_is_found(name: str) -> None:
 
 
 def test_every_mutant_has_its_test() -> None:
-    assert set(FOUND_FROM) | NOT_YET_FOUND == set(MUTANTS)
+    assert set(FOUND_FROM) == set(MUTANTS)
