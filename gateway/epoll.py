@@ -163,8 +163,10 @@ class EpollServer(TransportServer):
             return
         for connection in reactor.shaking.expired(now):
             self._guard(connection, connection.lose)
-        for connection in reactor.closing.expired(now) + reactor.stuck.expired(now):
+        for connection in reactor.closing.expired(now):
             self._guard(connection, connection.abort)
+        for connection in reactor.stuck.expired(now):
+            self._guard(connection, connection.give_up)
         for connection in reactor.unfinished.expired(now):
             self._guard(connection, connection.time_out)
         self._settle(reactor)

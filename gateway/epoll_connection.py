@@ -489,6 +489,13 @@ class Connection:
         if self._stage is _OPEN:
             self._end(close_frame(CloseCode.AUTH_TIMEOUT))
 
+    def give_up(self) -> None:
+        """The peer has taken nothing for too long. Where it wakes before the close's deadline, it reads why."""
+        if self._stage is _OPEN:
+            self._end(close_frame(CloseCode.SLOW_CONSUMER))
+        else:
+            self.abort()
+
     def abort(self) -> None:
         """Reset the connection, so that the kernel does not go on offering unsent bytes to a peer that takes none."""
         if self._stage is not Stage.GONE:

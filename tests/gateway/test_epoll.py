@@ -182,3 +182,20 @@ async def test_one_frame_for_many_is_framed_once() -> None:
         for peer, link in peers:
             assert await peer.receive() == (TEXT, b'{"type":"x"}')
             assert outgoing.framed(link.codec) is outgoing.framed(peers[0][1].codec)
+
+
+async def test_a_stuck_peer_that_wakes_in_time_reads_that_it_was_too_slow() -> None:
+    """Behind all that was waiting for it: nothing is lost before the 4508."""
+    async with open_gateway(EpollServer, stuck_seconds=0.3, close_seconds=5.0) as gateway:
+        peer, link = await gateway.open()
+        sent = 0
+        while not link.overflows:
+            link.transport.send_nowait(Outgoing(b"x" * 60000))
+            sent += 1
+        await until(lambda: link.losses == 1)
+        for _ in range(sent):
+            assert await peer.receive() == (TEXT, b"x" * 60000)
+        assert await peer.close_code() == 4508
+        assert await peer.ended()
+        await peer.stream.aclose()
+        await until(lambda: gateway.server.connections == 0)
