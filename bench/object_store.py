@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sysconfig
+import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 DEFAULT_S3_PORT: Final = 8333
+ATTEMPTS: Final = 4
 VARIABLE: Final = "TRIREME_S3_URL"
 _ADVICE: Final = f"point {VARIABLE} at a running S3 store"
 _INNER: Final = ("master.port", "volume.port", "filer.port", "admin.port")
@@ -54,10 +56,24 @@ def wait_ready(server: Server) -> None:
 
 @contextmanager
 def run_store(data_dir: Path) -> Iterator[str]:
-    """A ready store on a free port; its URL."""
-    with start_store(data_dir, free_port()) as server:
-        wait_ready(server)
-        yield f"http://{HOST}:{server.port}"
+    """A ready store on a free port; its URL. Nine ports are a lot to stay free for a second, so it may try again."""
+    for attempt in range(ATTEMPTS):
+        with start_store(data_dir / str(attempt), free_port()) as server:
+            try:
+                wait_ready(server)
+            except ServicesError:
+                if attempt + 1 < ATTEMPTS:
+                    continue
+                raise
+            yield f"http://{HOST}:{server.port}"
+            return
+
+
+@contextmanager
+def run_temporary() -> Iterator[str]:
+    """A ready store whose data go with it; its URL."""
+    with tempfile.TemporaryDirectory(prefix="trireme-s3-") as directory, run_store(Path(directory)) as url:
+        yield url
 
 
 def _arguments(directory: Path, port: int) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -35,6 +36,7 @@ START_DEADLINE_SECONDS: Final = 30.0
 """A mongod that recovers its journal after a power cut takes seconds; more than this is a fault."""
 STOP_DEADLINE_SECONDS: Final = 3.0
 _PORT_ATTEMPTS: Final = 3
+_PORTS: Final = range(10_240, 32_768)
 _PR_SET_PDEATHSIG: Final = 1
 _LOG_TAIL_LINES: Final = 15
 
@@ -52,10 +54,13 @@ class Services(msgspec.Struct, frozen=True):
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody held a moment ago."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
+    """A TCP port of the loopback interface that nobody held a moment ago.
+
+    Below those that the kernel gives to outgoing connections (ip_local_port_range begins at 32,768): between this and
+    the bind of a server that takes a second to start, no client of a busy machine takes it away.
+    """
+    while port_is_taken(port := random.choice(_PORTS)):
+        pass
     return port
 
 

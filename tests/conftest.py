@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import count
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pymongo
@@ -13,10 +14,13 @@ from bench.services import Services, run_services
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 SUITE_PROCESSES = 3
 """The suite waits more than it works: 453 s in one process, 183 s in three on two cores."""
+
+HERE = Path(__file__).parent
+HOUSES = ("system", "hostile")
+"""Packages of tests that each run one whole system for all of theirs."""
 
 _databases = count(1)
 
@@ -24,6 +28,14 @@ _databases = count(1)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Several processes, each with servers of its own, for the whole suite; none for a part that somebody names."""
     return 0 if config.args_source is pytest.Config.ArgsSource.ARGS else SUITE_PROCESSES
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share a running system share a process: one system each, not one per process."""
+    for item in items:
+        for package in HOUSES:
+            if item.path.is_relative_to(HERE / package):
+                item.add_marker(pytest.mark.xdist_group(package))
 
 
 @pytest.fixture(scope="session")

@@ -151,8 +151,8 @@ class Peer:
     async def send(self, data: bytes) -> None:
         await self.stream.send_all(data)
 
-    async def _fill(self, size: int) -> None:
-        with trio.fail_after(8):
+    async def _fill(self, size: int, seconds: float = 8) -> None:
+        with trio.fail_after(seconds):
             while len(self.buffer) < size:
                 data = await self.stream.receive_some(65536)
                 if not data:
@@ -169,9 +169,9 @@ class Peer:
         del self.buffer[:end]
         return head
 
-    async def receive(self) -> tuple[int, bytes]:
+    async def receive(self, seconds: float = 8) -> tuple[int, bytes]:
         """The next server frame: (opcode, payload)."""
-        await self._fill(2)
+        await self._fill(2, seconds)
         assert self.buffer[0] & 0x80, "server frames are whole"
         assert not self.buffer[1] & 0x80, "server frames are not masked"
         size, header = self.buffer[1], 2
@@ -185,10 +185,10 @@ class Peer:
         del self.buffer[: header + size]
         return opcode, payload
 
-    async def close_code(self) -> int:
+    async def close_code(self, seconds: float = 8) -> int:
         """Skip to the server's Close; its code."""
         while True:
-            opcode, payload = await self.receive()
+            opcode, payload = await self.receive(seconds)
             if opcode == CLOSE:
                 return int.from_bytes(payload[:2])
 

@@ -192,7 +192,7 @@ async def test_a9_twenty_connections_of_60000_one_byte_fragments(new_server: New
                 for peer in peers:
                     nursery.start_soon(send_regardless, peer, attack)
                 for peer in peers:
-                    assert await peer.close_code() == 1009
+                    assert await peer.close_code(seconds=40) == 1009
                 nursery.cancel_scope.cancel()
             _, peak = tracemalloc.get_traced_memory()
         finally:

@@ -233,12 +233,15 @@ async def test_w17_one_client_behind_a_balancer_shuts_out_nobody_but_itself(
     transport: str, address: Address, nursery: trio.Nursery
 ) -> None:
     running = await start(
-        nursery, address, address, TRIREME_GATEWAY_TRANSPORT=transport, TRIREME_TRUSTED_PROXIES="127.0.0.1"
+        nursery,
+        address,
+        address,
+        TRIREME_GATEWAY_TRANSPORT=transport,
+        TRIREME_TRUSTED_PROXIES="127.0.0.1",
+        TRIREME_CONNECTIONS_PER_SECOND="1",
     )
-    began = trio.current_time()
-    statuses = [await upgrade_status(running, "203.0.113.9") for _ in range(50)]
-    assert statuses == [101] * 50
-    assert trio.current_time() - began < 1.0, "too slow a machine to tell"
+    # One, so that a slow machine is fast enough; the numbers are held exactly by test_arrivals.py.
+    assert await upgrade_status(running, "203.0.113.9") == 101
     assert await upgrade_status(running, "203.0.113.9") == 429
     assert await upgrade_status(running, "198.51.100.7") == 101
     assert (await running.http("/health/live")).status_code == 200

@@ -6,15 +6,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.system.house import House, run_house
+from bench.object_store import VARIABLE, run_store
+from tests.system.house import SETTINGS, House, run_house
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
 @pytest.fixture(scope="package")
-def running() -> Iterator[House]:
-    with run_house() as house:
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    with run_store(tmp_path_factory.mktemp("s3")) as s3_url, run_house(SETTINGS | {VARIABLE: s3_url}) as house:
         yield house
 
 

@@ -41,7 +41,7 @@ class Listener:
 
 async def in_stream(yard: Yard) -> list[events.Event]:
     entries: Any = await yard.broker.client.xrange(keys.EVENTS)
-    return [codec.decode_event(fields[keys.FIELD]) for _, fields in entries]
+    return [codec.decode_event(fields[1]) for _, fields in entries]
 
 
 async def due(yard: Yard) -> list[str]:
