@@ -5,7 +5,7 @@ for `--seconds`, and give up what is refused. The verdict: nothing broke the con
 still taken; the rest is refused at once and told when to come again; no ack is late; memory stays within its bound; and
 soon after the end everything is answered and a message takes as long as before.
 
-By default the workers, not the processors, are the bottleneck (`--batch 10`): on a machine that also carries the
+By default the workers, not the processors, are the bottleneck (`--batch 5`): on a machine that also carries the
 generator three times the load would measure the generator. `--batch 500 --backlog 20000` is the product's own setting.
 """
 
@@ -52,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--messages", type=int, default=8000, help="of the measurement of saturation")
     parser.add_argument("--seconds", type=float, default=30.0, help="of overload")
     parser.add_argument("--times", type=float, default=3.0, help="the saturated rate")
-    parser.add_argument("--batch", type=int, default=10, help="entries per commit: makes the workers the bottleneck")
-    parser.add_argument("--backlog", type=int, default=4000, help="entries taken and not settled, over all shards")
+    parser.add_argument("--batch", type=int, default=5, help="entries per commit: makes the workers the bottleneck")
+    parser.add_argument("--backlog", type=int, default=2000, help="entries taken and not settled, over all shards")
     add_load_arguments(parser)
 
 
