@@ -119,6 +119,10 @@ def _passing_errors() -> Iterator[None]:
     breakers.redis.succeeded()
 
 
+_NO_LISTENER = "The client ID you want redirect to"
+"""Who was to hear of changes is gone: Redis was restarted between two commands, say."""
+
+
 @contextmanager
 def _named_errors() -> Iterator[None]:
     """Unreachable, out of memory, busy, loading, failing over: BrokerUnavailable."""
@@ -133,7 +137,7 @@ def _named_errors() -> Iterator[None]:
         if text.startswith("NOGROUP") or "requires the key to exist" in text or "no such key" in text:
             raise GroupMissing(text) from error
         if isinstance(error, redis.exceptions.OutOfMemoryError) or text.startswith(
-            ("OOM", "LOADING", "BUSY ", "READONLY", "MISCONF", "UNBLOCKED", "MASTERDOWN", "NOREPLICAS")
+            ("OOM", "LOADING", "BUSY ", "READONLY", "MISCONF", "UNBLOCKED", "MASTERDOWN", "NOREPLICAS", _NO_LISTENER)
         ):
             raise BrokerUnavailable(text) from error
         raise

@@ -9,7 +9,7 @@ import pytest
 
 from protocol import codec, keys, records
 from protocol.models import ConnectionRegistry
-from workers.broker import GroupMissing, Settlement
+from workers.broker import BrokerUnavailable, GroupMissing, Settlement
 
 if TYPE_CHECKING:
     from tests.contracts.worlds import Servers, Twins
@@ -129,6 +129,16 @@ def test_changes_of_the_registry_are_told_and_so_is_that_all_of_it_went(on: Twin
             await changes.aclose()  # type: ignore[attr-defined]  # the generator behind it
 
     on.broker(scenario)
+
+
+def test_a_listener_that_has_gone_meanwhile_is_an_outage_that_passes(servers: Servers) -> None:
+    """A Redis that was restarted between two commands ended every worker. Simulator, seed 430."""
+
+    async def scenario(broker: Broker) -> None:
+        with pytest.raises(BrokerUnavailable):
+            await broker.command("CLIENT", "TRACKING", "ON", "REDIRECT", 999_999, "BCAST", "PREFIX", "x")
+
+    servers.broker(scenario)
 
 
 def test_an_allowance_is_spent_and_a_session_filled_by_who_claimed_it(on: Twins | Servers) -> None:
