@@ -199,7 +199,7 @@ class TwinCollection:
         def serve() -> None:
             self._each(encoded, lambda document: self._set.insert(self._name, document), ordered=ordered)
 
-        self._set.network.pass_by(self._client.owner)
+        self._set.network.pass_by(self._client.owner, "write")
         await self._client.ask(serve, durable=self._durable, bulk=True)
 
     async def bulk_write(self, operations: Sequence[Operation], ordered: bool = True) -> None:
@@ -309,6 +309,7 @@ class TwinCollection:
         def serve() -> list[Document]:
             return aggregated(self._state(session).get(self._name, {}).values(), pipeline)
 
+        self._set.network.pass_by(self._client.owner, "load")
         return TwinCursor(self._client, serve, await self._client.ask(serve))
 
     def _matching(self, state: Collections, query: Document) -> Any:

@@ -68,6 +68,8 @@ class Nemesis:
         self._valkey.keyspace.trims_roughly = rng.random() < 0.5
         self._set.faults.lost = rng.choice((0.0, 0.0, 0.005, 0.02))
         begins = self._network.now
+        if self._valkey.faults.lost:
+            self.blows.append(("lost_commands", begins, ends))
         moments = sorted(begins + rng.random() * (ends - begins) for _ in range(rng.randint(*BLOWS)))
         # In some runs Redis loses nothing, so that what it took must have become something.
         spared = LOSSES if rng.random() < 0.4 else frozenset()
@@ -109,15 +111,15 @@ class Nemesis:
     async def _kill_worker(self) -> None:
         victim = self._some(self._house.workers)
         if self._rng.random() < 0.7:
-            victim = await self._wait_for_prey() or victim
+            victim = await self._wait_for("write") or victim
             await self._soon(0.006)
         if victim is not None:
             victim.kill()
             await self._soon(1.0)
             self._house.start_worker()
 
-    async def _wait_for_prey(self) -> Process | None:
-        """The next worker that acknowledges or inserts something."""
+    async def _wait_for(self, doing: str) -> Process | None:
+        """The next worker that does this (`Network.ambushes`)."""
         passed = trio.Event()
         found: list[Process] = []
 
@@ -125,7 +127,7 @@ class Nemesis:
             found.append(process)
             passed.set()
 
-        self._network.ambush = seize
+        self._network.ambushes[doing] = seize
         with trio.move_on_after(1.5):
             await passed.wait()
         return found[0] if found and found[0] in self._house.workers else None
@@ -174,7 +176,11 @@ class Nemesis:
         if self._rng.random() < 0.5:
             # Writers look again what became of what only the primary has.
             self._set.reset()
-            await self._soon(0.4)
+            if self._rng.random() < 0.5:
+                await self._wait_for("load")
+                await self._soon(0.015)
+            else:
+                await self._soon(0.4)
         self._set.fail_over(self._rng.random() * (3.0 if self._rng.random() < 0.3 else 0.5))
 
     # --- Valkey ------------------------------------------------------------------------------------------------------

@@ -169,8 +169,9 @@ class Network:
         self.trace: list[str] | None = None
         self.events = 0
         self.crashes: list[str] = []
-        self.ambush: Callable[[Process], None] | None = None
-        """Called once, with the next process that acknowledges or inserts: a fault that waits for its moment."""
+        self.ambushes: dict[str, Callable[[Process], None]] = {}
+        """Called once, with the next process that does this: `write` (acknowledges or inserts) or `load` (looks where
+        logs end). For faults that wait for their moment."""
         self.slow = 0.02
         """Part of the messages that take long."""
         self._clock = clock
@@ -191,10 +192,9 @@ class Network:
         if self.trace is not None:
             self.trace.append(f"{self._clock.now:10.6f} " + " ".join(map(str, what)))
 
-    def pass_by(self, owner: Process | None) -> None:
-        """This process acknowledges or inserts."""
-        if self.ambush is not None and owner is not None:
-            ambush, self.ambush = self.ambush, None
+    def pass_by(self, owner: Process | None, doing: str) -> None:
+        """This process is about to do something that a fault may wait for."""
+        if owner is not None and (ambush := self.ambushes.pop(doing, None)) is not None:
             ambush(owner)
 
     def delay(self) -> float:

@@ -66,7 +66,7 @@ def seams(network: Network, rng: random.Random) -> Iterator[None]:
         patch.object(secrets, "randbits", rng.getrandbits),
         patch.object(gateway.broker, "Wire", TwinWire),
         patch.object(gateway.subscriptions, "Wire", TwinWire),
-        patch.object(gateway.server, "open_transport", lambda _kind, host, limits: TwinTransport(host, limits)),
+        patch.object(gateway.server, "open_transport", lambda _kind, host, limits, *_: TwinTransport(host, limits)),
         patch.object(gateway.server, "PublicKeys", lambda _text: _KEYS),
     ):
         try:

@@ -94,7 +94,7 @@ class _Exchange:
             return
         server.peers[self] = None
         if self._commands[-1][0] == "EVAL":
-            network.pass_by(self._client.owner)
+            network.pass_by(self._client.owner, "write")
         network.at(network.delay(), None, self._arrive)
 
     def _arrive(self) -> None:
@@ -226,7 +226,10 @@ class _PubSub:
     @staticmethod
     def of(server: Valkey, number: int) -> _PubSub:
         """The connection with this id."""
-        return next(peer for peer in server.peers if isinstance(peer, _PubSub) and peer.number == number)
+        for peer in server.peers:
+            if isinstance(peer, _PubSub) and peer.number == number:
+                return peer
+        raise redis.exceptions.ResponseError("The client ID you want redirect to does not exist")
 
     @property
     def number(self) -> int:

@@ -26,7 +26,7 @@ FOUND_FROM: Final = {
     "unordered_bulk": 0,
     "publish_after_xack": 0,
     "pubsub_only": 0,
-    "dedupe_by_local_read": 0,
+    "dedupe_by_local_read": 40,
     "take_over_by_local_read": 0,
     "xack_before_insert": 0,
 }
