@@ -136,15 +136,20 @@ class _Connection:
     # --- the server's side -------------------------------------------------------------------------------------------
 
     def _arrive(self, packed: bytes) -> None:
+        if not self._is_gone():
+            self._behind.append(packed)
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """One command at a time, in order, also behind one that waits and while the server stands still."""
+        while self._behind and not self._blocked and not self._is_gone():
+            if self._server.stalled_until > self._network.now:
+                self._network.at_time(self._server.stalled_until, None, self._go_on)
+                return
+            self._serve(self._behind.pop(0))
+
+    def _serve(self, packed: bytes) -> None:
         server = self._server
-        if self._is_gone():
-            return
-        if server.stalled_until > self._network.now:
-            self._network.at_time(server.stalled_until, None, self._arrive, packed)
-            return
-        if self._blocked:
-            self._behind.append(packed)  # one connection, one command at a time
-            return
         name, *arguments = unpack(packed)
         chance = server.faults.lost
         if chance and self._network.rng.random() < chance:
@@ -165,8 +170,7 @@ class _Connection:
         """See `Peer.answered`."""
         self._blocked = False
         self._back(self._wire.take, self, reply)
-        while self._behind and not self._blocked:
-            self._arrive(self._behind.pop(0))
+        self._go_on()
 
     def pushed(self, channel: bytes, payload: Any) -> None:
         """See `Peer.pushed`."""
