@@ -5,6 +5,7 @@ Called by `valkey.Valkey` for EVAL; a script whose text is not among the product
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,6 +14,7 @@ import msgspec
 import gateway
 import workers
 from bench.simulation.gaps import NotTwinned
+from bench.simulation.keyspace import Refusal
 
 Call = Any
 """`call(command, *arguments)`: run a command on the keyspace. Arguments may be bytes, str or int."""
@@ -138,6 +140,8 @@ def _settle(call: Call, keys: list[bytes], argv: list[bytes]) -> Any:
             call(b"XACK", key, argv[0], *argv[at + 1 : at + 1 + count])
         floor = argv[at + count + 1]
         if floor:
+            with suppress(Refusal):
+                floor = call(b"XPENDING", key, argv[0])[1] or floor
             call(b"XTRIM", key, b"MINID", b"~", floor)
         at += count + 2
     return len(keys)

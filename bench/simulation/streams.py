@@ -5,6 +5,7 @@ Mixed into `keyspace.Keyspace`. Blocking is the server's affair (`valkey.py`): h
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from bench.simulation.gaps import NotTwinned
@@ -135,16 +136,19 @@ class StreamCommands:
         self.touched(key)
         return b"OK"
 
-    def do_xpending(self, arguments: list[bytes]) -> list[list[Any]]:
-        """XPENDING key group IDLE ms start + count."""
-        key, name, option, idle_ms, start, end, count = arguments
-        if option != b"IDLE" or end != b"+" or start[:1] not in b"-(":
-            raise NotTwinned(f"XPENDING {arguments!r}")
-        after = (0, -1) if start == b"-" else place_of(start[1:])
+    def do_xpending(self, arguments: list[bytes]) -> list[Any]:
+        """XPENDING key group [IDLE ms start + count]."""
+        key, name, *options = arguments
         stream: Stream | None = self.find(key, Stream)
         group = None if stream is None else stream.groups.get(name)
         if group is None:
             raise self.refusal(f"NOGROUP No such key '{key.decode()}' or consumer group '{name.decode()}'")
+        if not options:
+            return _summary(group)
+        option, idle_ms, start, end, count = options
+        if option != b"IDLE" or end != b"+" or start[:1] not in b"-(":
+            raise NotTwinned(f"XPENDING {arguments!r}")
+        after = (0, -1) if start == b"-" else place_of(start[1:])
         now_ms = self.now_ms()
         idle = [(place, holder, now_ms - at, times) for place, (holder, at, times) in sorted(group.pending.items())]
         found = [
@@ -203,6 +207,15 @@ class StreamCommands:
                     now_ms = self.now_ms()
                     group.pending.update((place_of(entry[0]), (consumer, now_ms, 1)) for entry in entries)
         return found or None
+
+
+def _summary(group: Group) -> list[Any]:
+    """How many are pending, the first and the last of them, and how many each consumer has."""
+    if not group.pending:
+        return [0, None, None, None]
+    held = Counter(holder for holder, _, _ in group.pending.values())
+    each = [[holder, b"%d" % count] for holder, count in sorted(held.items())]
+    return [len(group.pending), name_of(min(group.pending)), name_of(max(group.pending)), each]
 
 
 def _pending(stream: Stream, group: Group, consumer: bytes, after: Place, count: int, now_ms: int) -> list[Entry]:

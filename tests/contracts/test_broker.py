@@ -35,6 +35,21 @@ def test_entries_are_read_once_stay_pending_and_are_settled(on: Twins | Servers)
     on.broker(scenario)
 
 
+def test_what_is_pending_survives_the_trim_whoever_read_it(on: Twins | Servers) -> None:
+    async def scenario(broker: Broker) -> None:
+        await broker.create_ingest_groups([0])
+        for _ in range(250):  # more than a node of the stream holds: it is trimmed by whole nodes
+            await broker.append_ingest(0, RECORD)
+        first = (await broker.read_ingest([0], 1, 50))[0]
+        ids = [entry.entry_id for entry in await broker.read_ingest([0], 300, 50)]
+        await broker.publish_and_settle({}, [Settlement(0, ids, ids[-1])], {})
+        assert await broker.read_pending(0, b"0", 10) == [first]
+        await broker.publish_and_settle({}, [Settlement(0, [first.entry_id], ids[-1])], {})
+        assert await broker.read_pending(0, b"0", 10) == []
+
+    on.broker(scenario)
+
+
 def test_a_blocked_read_gets_what_comes(on: Twins | Servers) -> None:
     async def scenario(broker: Broker) -> None:
         await broker.create_ingest_groups([0])

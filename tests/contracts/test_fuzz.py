@@ -93,6 +93,7 @@ def command(rng: random.Random, ids: list[bytes]) -> tuple[Any, ...]:
             ("XACK", stream, "g", place, rng.choice(ids)),
             ("XTRIM", stream, "MINID", place),
             ("XRANGE", stream, place, place),
+            ("XPENDING", stream, "g"),
             ("XLEN", stream),
             ("DEL", rng.choice((stream, key, "h", "m", "z", "l"))),
             ("SET", key, value, "EX", 100),

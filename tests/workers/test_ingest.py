@@ -430,6 +430,38 @@ async def test_entries_whose_read_reply_was_lost_are_found_among_the_pending(
     assert [ack["payload"]["sequence_number"] for ack in acks] == [1, 2, 3, 4, 5]
 
 
+async def test_a_message_whose_read_reply_was_lost_survives_the_settling_of_later_ones(
+    yard: Yard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stream was trimmed up to the first entry that the owner had in memory: it had never heard of this one.
+    Simulator, seed 625."""
+    monkeypatch.setattr(takeover, "STALE_SECONDS", 2.0)
+    monkeypatch.setattr(consumer, "STALE_SECONDS", 2.0)
+    async with run_lane(yard):
+        conv = await yard.create("ann", "bob")
+        await yard.next_down(records.CommandOutcome, 1)
+        with monkeypatch.context() as patched:
+            read = yard.broker.read_ingest
+            lost = anyio.Event()
+
+            async def lose(shards: Any, count: int, block_ms: int) -> Any:
+                if await read(shards, count, block_ms):
+                    lost.set()
+                return []
+
+            patched.setattr(yard.broker, "read_ingest", lose)
+            await anyio.sleep(2 * BLOCK_MS / 1000)  # the read that is under way ends
+            await yard.send(conv, "ann", "k0")
+            with anyio.fail_after(5):
+                await lost.wait()
+        await anyio.sleep(2 * BLOCK_MS / 1000)
+        for number in range(1, 251):  # more than a node of the stream holds: it is trimmed by whole nodes
+            await yard.send(conv, "ann", f"k{number}")
+        await yard.acks(251)
+        await eventually(lambda: settled(yard))
+    assert {entry["idempotency_key"] for entry in await yard.log(conv)} == {f"k{n}" for n in range(251)}
+
+
 async def test_an_entry_that_came_to_who_no_longer_owns_its_shard_is_found(
     yard: Yard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
