@@ -149,16 +149,18 @@ class Lane:
 
     def set_shards(self, shards: frozenset[int]) -> None:
         """The leases of this lane changed. What it had read of a lost shard is the next owner's."""
-        lost = self._logs.keys() - shards
+        lost, gained = self._logs.keys() - shards, shards - self._logs.keys()
         for shard in lost:
             del self._logs[shard]
         if lost:
             self._queue = deque(entry for entry in self._queue if entry.shard not in lost)
             self._unflushed = [(shard, entry_id) for shard, entry_id in self._unflushed if shard not in lost]
-            self._conversations.forget_shards(shards)
             self._dead_letters.forget_shards(shards)
             self._takeover.settled.set()
-        for shard in shards - self._logs.keys():
+        if lost or gained:
+            # Of those that come too: the batch in hand, when a lease ended, may have brought its conversations back.
+            self._conversations.forget_shards(shards - gained)
+        for shard in gained:
             self._logs[shard] = ShardLog()
             self._new_shards.append(shard)
 

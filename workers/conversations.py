@@ -328,26 +328,35 @@ class Conversations:
                     await self._build(shard_of[name], one) for name, one in (await self._store.load(missing)).items()
                 ]
                 if forgets == self._forgets:
-                    for owned in found:
-                        self._owned.setdefault(owned.conversation_id, owned)
+                    for owned, senders in found:
+                        if owned.conversation_id not in self._owned:
+                            self._put_over(owned, senders)
+                            self._owned[owned.conversation_id] = owned
                     return
 
-    async def _build(self, shard: int, loaded: Loaded) -> Owned:
-        """A conversation as the store has it, its tail folded, marks that are not flushed put over it."""
+    def _put_over(self, owned: Owned, senders: Container[str]) -> None:
+        """Put marks that are not flushed over what was read: also those that moved during the reads. `senders`: whose
+        marks its tail has moved."""
+        for user_id, member in owned.members.items():
+            key = owned.conversation_id, user_id
+            for waiting in (self.dirty, self.lazy):
+                moved = waiting.get(key)
+                if moved is not None:
+                    self._overlay(member, moved)
+                    waiting[key] = member
+            member.freeze()
+            if user_id in senders:
+                self.lazy[key] = member
+
+    async def _build(self, shard: int, loaded: Loaded) -> tuple[Owned, set[str]]:
+        """A conversation as the store has it, its tail folded; and whose marks the tail has moved."""
         owned = Owned(shard, loaded.conversation, loaded)
         loaded_ids = {member.user_id for member in loaded.members}
-        await self._fold_tail(owned, loaded)
+        senders = await self._fold_tail(owned, loaded)
         joined = [user_id for user_id in owned.members if user_id not in loaded_ids]
         if joined:
             await self.look([(owned, joined)])
-        for user_id, member in owned.members.items():
-            for waiting in (self.dirty, self.lazy):
-                moved = waiting.get((owned.conversation_id, user_id))
-                if moved is not None:
-                    self._overlay(member, moved)
-                    waiting[owned.conversation_id, user_id] = member
-            member.freeze()
-        return owned
+        return owned, senders
 
     async def look(self, whose: Sequence[tuple[Owned, Collection[str]]]) -> list[tuple[Owned, Member]]:
         """Read what these members' accounts say, and heed it; returns those who now begin or cease to hide what they
@@ -365,14 +374,15 @@ class Conversations:
                     changed.append((owned, member))
         return changed
 
-    async def _fold_tail(self, owned: Owned, loaded: Loaded) -> None:
-        """Redo the effects of messages whose projection was not written before a crash."""
+    async def _fold_tail(self, owned: Owned, loaded: Loaded) -> set[str]:
+        """Redo the effects of messages whose projection was not written before a crash; whose marks that moved."""
+        senders: set[str] = set()
         projection: Projection | None = None
         countable_at_head = owned.countable
         for message in loaded.tail:
             if message.system_content is None:
-                if (member := owned.sent(message.sender_id, message.sequence_number, message.countable)) is not None:
-                    self.lazy[owned.conversation_id, message.sender_id] = member
+                if owned.sent(message.sender_id, message.sequence_number, message.countable) is not None:
+                    senders.add(message.sender_id)
             elif message.sequence_number > loaded.membership_seq:
                 projection = projection or Projection()
                 self._fold_system(owned, message.system_content, message, projection)
@@ -380,6 +390,7 @@ class Conversations:
         if projection is not None:
             log.info("projection_repaired", conversation_id=owned.conversation_id, through=owned.membership_seq)
             await self._store.apply([projection.through(owned)])
+        return senders
 
     @staticmethod
     def _fold_system(owned: Owned, content: str, message: TailMessage, projection: Projection) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from protocol import keys
 from tests.workers.lanes import SHARDS, eventually, run_lane, settled
+from workers import consumer
 from workers.conversations import INBOXED, Conversations
 
 if TYPE_CHECKING:
@@ -69,6 +70,39 @@ async def test_what_was_forgotten_while_it_was_read_is_read_again(yard: Yard, mo
     owned = conversations.get(conv)
     assert owned is not None
     assert owned.last == 1
+
+
+async def test_who_answers_while_the_conversation_is_read_again_has_read_it(
+    yard: Yard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the read found of the sender's earlier messages took the place of the mark that the answer had moved."""
+    monkeypatch.setattr(consumer, "HEADS_SECONDS", float("inf"))
+    append = yard.store.messages.append
+    appending, go_on = anyio.Event(), anyio.Event()
+
+    async def append_late(documents: Any) -> None:
+        appending.set()
+        await go_on.wait()
+        await append(documents)
+
+    async with run_lane(yard) as lane:
+        conv = await yard.create("ann", "bob")
+        await yard.said(conv, "ann", "k1")
+        await yard.said(conv, "bob", "k2")
+        monkeypatch.setattr(yard.store.messages, "append", append_late)
+        await yard.send(conv, "bob", "k3")
+        await appending.wait()
+        loads = SlowLoads(yard, monkeypatch)
+        lane._conversations.forget_shards(frozenset())
+        async with anyio.create_task_group() as group:
+            group.start_soon(lane._conversations.load, {conv: keys.shard_of(conv, SHARDS)})
+            await loads.read.wait()
+            go_on.set()
+            await yard.acks(1)
+            loads.go_on.set()
+    member = await yard.store.db["memberships"].find_one({"_id": f"{conv}:bob"})
+    assert member is not None
+    assert member["read_seq"] == 3
 
 
 async def test_the_memory_of_an_inbox_is_bounded_and_its_newest_leave_it_with_their_receipt(yard: Yard) -> None:

@@ -10,7 +10,8 @@ from msgspec import UNSET
 
 from protocol import frames, keys, records
 from protocol.models import ConversationType
-from tests.workers.lanes import SHARDS, crashing_lane, eventually, run_lane, settled, shown
+from tests.workers.lanes import SHARDS, crashing_lane, eventually, lose_its_lease, run_lane, settled, shown
+from workers import consumer
 from workers.store.errors import StoreUnavailable
 
 if TYPE_CHECKING:
@@ -102,6 +103,70 @@ async def test_marks_that_are_being_flushed_while_their_conversation_is_read_aga
         await yard.read(second, "bob")
         told = await receipts(yard, 1)
     assert [update.delivered_through for _, update in told] == [2]
+
+
+async def test_receipts_do_not_go_back_for_an_owner_that_comes_while_the_one_before_writes_its_marks(
+    yard: Yard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After FLUSHALL shards change hands while both owners live. Members were read first, then how far their marks are
+    flushed: what was flushed in between was in neither."""
+    await yard.connect("ann", "bob")
+    monkeypatch.setattr(consumer, "HEADS_SECONDS", float("inf"))
+    log = yard.store.conversations._messages
+    find_heads = log.aggregate
+    async with run_lane(yard) as before:
+        conv = await yard.create("ann", "bob")
+        question = await yard.said(conv, "ann", "k1")
+        await yard.said(conv, "bob", "k2")
+        ((_, answered),) = await receipts(yard, 1)
+        await lose_its_lease(before)
+
+        async def find_heads_late(*words: Any, **options: Any) -> Any:
+            monkeypatch.setattr(log, "aggregate", find_heads)
+            await before._tick(force=True)
+            return await find_heads(*words, **options)
+
+        monkeypatch.setattr(log, "aggregate", find_heads_late)
+        async with run_lane(yard):
+            await yard.delivered(question, "bob")
+            ((_, delivered),) = await receipts(yard, 1)
+        assert log.aggregate == find_heads, "it flushed meanwhile"
+    assert (answered.user_id, answered.read_through) == ("bob", 2)
+    assert (delivered.delivered_through, delivered.read_through) == (2, 2)
+
+
+async def test_receipts_do_not_go_back_when_a_worker_gets_a_shard_again_that_another_had_meanwhile(
+    yard: Yard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batch in hand, as the lease ended, brought its conversations back into memory, and there they grew old."""
+    await yard.connect("ann", "bob")
+    load = yard.store.conversations.load
+    reading, lost = anyio.Event(), anyio.Event()
+
+    async def load_late(names: Any) -> Any:
+        reading.set()
+        await lost.wait()
+        return await load(names)
+
+    async with run_lane(yard) as first:
+        conv = await yard.create("ann", "bob")
+        await yard.said(conv, "ann", "k1")
+        monkeypatch.setattr(yard.store.conversations, "load", load_late)
+        first._conversations.forget([conv])
+        await yard.send(conv, "ann", "k2")
+        await reading.wait()
+        await lose_its_lease(first)
+        lost.set()
+        (ack,) = await yard.acks(1)
+        async with run_lane(yard):
+            await yard.read(ack["payload"]["message_id"], "bob")
+            ((_, read),) = await receipts(yard, 1)
+            await yard.acks(1)  # it has taken the message over, and found it
+        first.set_shards(frozenset(range(SHARDS)))
+        await yard.delivered(await yard.said(conv, "ann", "k3"), "bob")
+        ((_, delivered),) = await receipts(yard, 1)
+    assert (read.delivered_through, read.read_through) == (2, 2)
+    assert (delivered.delivered_through, delivered.read_through) == (3, 2)
 
 
 async def test_receipts_survive_a_crash_before_their_flush(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,13 +103,15 @@ class ConversationStore:
             if not documents:
                 return {}
             known = list(documents)
+            # Before the members: a flush writes marks first, so theirs hold all that is flushed by this, whoever writes
+            # meanwhile; the tail holds the rest.
+            flushed = {d["_id"]: d async for d in self._sequences.find({"_id": {"$in": known}})}
             members: dict[str, list[Membership]] = {name: [] for name in known}
             async for document in self._memberships.find(
                 {"conversation_id": {"$in": known}, "leave_seq": {"$exists": False}}
             ):
                 members[document["conversation_id"]].append(membership_of(document))
             heads = {d["_id"]: d["head"] async for d in await self._messages.aggregate(heads_pipeline(known))}
-            flushed = {d["_id"]: d async for d in self._sequences.find({"_id": {"$in": known}})}
             tails = await self._tails(documents, heads, flushed)
         # Behind the members: what an account says is stored before its memberships are looked for (`rest/upkeep.py`).
         hiding = await self.hiding({member.user_id for name in known for member in members[name]})
