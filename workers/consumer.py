@@ -17,8 +17,7 @@ import anyio
 import msgspec
 import structlog
 
-from protocol import codec, records
-from protocol.keys import trace_id
+from protocol import codec, keys, records
 from protocol.models import DLQErrorType
 from workers import metrics
 from workers.broker import Broker, BrokerUnavailable, GroupMissing, StreamEntry
@@ -67,6 +66,8 @@ TICK_SECONDS: Final = 0.1
 HEADS_SECONDS: Final = 1.0
 """What the log can rebuild is flushed within 1 s; `idempotency_keys` every tick, since in one write a second they would
 hold up a commit for 50 ms at 4,000 msg/s."""
+REPAIR_MS: Final = 20_000
+"""How far back a new owner looks for heads that the previous one did not flush: its lease (5 s), the flush and more."""
 LONGEST_BACKOFF_SECONDS: Final = 2.0
 
 log = structlog.get_logger()
@@ -95,6 +96,7 @@ class Lane:
         self._store = store
         self._broker = broker
         self._batch = batch
+        self._shards = shards
         self._most_conversations = conversations
         self._read_ahead = QUEUE_BATCHES * max(batch, shards)
         self._conversations = Conversations(store.conversations)
@@ -108,10 +110,9 @@ class Lane:
         self._takeover = TakeOver(broker, self._dead_letters, self, trial or anyio.Lock(), batch)
         self._logs: dict[int, ShardLog] = {}
         self._new_shards: list[int] = []
+        self._unrepaired: set[int] = set()  # shards taken over, whose heads may lag behind their logs
         self._queue: deque[Entry] = deque()
-        self._queued = anyio.Event()
-        self._room = anyio.Event()
-        self._to_tell = anyio.Event()
+        self._queued, self._room, self._to_tell = anyio.Event(), anyio.Event(), anyio.Event()
         self._unflushed: list[tuple[int, bytes]] = []
         self._marks = 0
         """Receipts of the unflushed entries."""
@@ -156,6 +157,7 @@ class Lane:
             self._queue = deque(entry for entry in self._queue if entry.shard not in lost)
             self._unflushed = [(shard, entry_id) for shard, entry_id in self._unflushed if shard not in lost]
             self._dead_letters.forget_shards(shards)
+            self._unrepaired -= lost
             self._takeover.settled.set()
         if lost or gained:
             # Of those that come too: the batch in hand, when a lease ended, may have brought its conversations back.
@@ -163,6 +165,7 @@ class Lane:
         for shard in gained:
             self._logs[shard] = ShardLog()
             self._new_shards.append(shard)
+            self._unrepaired.add(shard)
 
     # --- what a take-over asks ---------------------------------------------------------------------------------------
 
@@ -216,6 +219,7 @@ class Lane:
                     shard = self._new_shards.pop()
                     await self._dead_letters.load((shard,))
                     await self._takeover.read(shard)
+                    self._to_tell.set()  # its heads may be repaired
                 await self.wait_for_room()
                 await anyio.sleep_until(taken_at + READ_SPACING_SECONDS)
                 # Looked at behind the waits: a lease may have ended during them. What is taken of another's shard, its
@@ -423,7 +427,7 @@ class Lane:
     def _note_heads(self, plan: Plan) -> None:
         if self._is_traced:
             for key, message_id, _ in plan.keys:
-                log.debug("= committed", trace=trace_id(*key), message_id=message_id)
+                log.debug("= committed", trace=keys.trace_id(*key), message_id=message_id)
         for conversation_id, is_activity in plan.found.items():
             if (owned := self._conversations.get(conversation_id)) is not None:
                 at = from_ms(owned.created_ms)
@@ -478,13 +482,21 @@ class Lane:
 
     @property
     def _unsaved(self) -> bool:
-        return bool(self._heads or self._keys or self._inbox or self._conversations.dirty or self._conversations.lazy)
+        return bool(
+            self._heads
+            or self._keys
+            or self._inbox
+            or self._unrepaired
+            or self._conversations.dirty
+            or self._conversations.lazy
+        )
 
     async def _tick(self, force: bool = False) -> None:
         try:
             await self._settle_receipts()
             await self._flush_keys()
             if force or anyio.current_time() - self._heads_at >= HEADS_SECONDS:
+                await self._repair_heads()
                 await self._flush_heads()
                 self._heads_at = anyio.current_time()
                 self._conversations.shrink(self._most_conversations, self._committing)
@@ -514,6 +526,29 @@ class Lane:
         delivered, self._receipts.delivered_ids = self._receipts.delivered_ids, {}
         if delivered:
             await self._broker.drop_from_inbox(delivered)
+
+    async def _repair_heads(self) -> None:
+        """What the previous owner acknowledged and died before it flushed: nobody speaks of it again, and the gateways'
+        sweep knows the ends of logs from what is flushed."""
+        if not (shards := frozenset(self._unrepaired)):
+            return
+        heads = await self._store.heads.unflushed(shards, _now_ms() - REPAIR_MS)
+        names = [head.conversation_id for head in heads]
+        shard_of = {name: keys.shard_of(name, self._shards) for name in names}
+        # Loading finds the marks that these messages moved; they are flushed before the heads.
+        await self._conversations.load(shard_of)
+        busy = set()
+        for head in heads:
+            noted = self._heads.get(head.conversation_id)
+            if noted is not None and noted.sequence_number >= head.sequence_number:
+                continue
+            if head.conversation_id in self._committing:
+                busy.add(shard_of[head.conversation_id])  # its marks may not be noted yet
+            elif shard_of[head.conversation_id] in self._logs:
+                self._heads[head.conversation_id] = head._replace(
+                    active_at=head.active_at or self._active_at(head.conversation_id)
+                )
+        self._unrepaired -= shards - busy
 
     async def _flush_heads(self) -> None:
         """Inboxes, then all marks, then the heads that say the marks are written."""

@@ -6,6 +6,7 @@ What is not spoken raises NotTwinned. The operation fuzz compares all of it with
 
 from __future__ import annotations
 
+import re
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
@@ -87,6 +88,7 @@ _OPERATORS: Final = _Operators(
         "$gt": lambda value, operand: _comparable(value, operand) and value > operand,
         "$gte": lambda value, operand: _comparable(value, operand) and value >= operand,
         "$lt": lambda value, operand: _comparable(value, operand) and value < operand,
+        "$regex": lambda value, operand: type(value) is str and re.search(operand, value) is not None,
         "$lte": lambda value, operand: _comparable(value, operand) and value <= operand,
         "$not": lambda value, operand: not _satisfies(value, operand),
         "$type": lambda value, operand: isinstance(value, _TYPES[operand]),

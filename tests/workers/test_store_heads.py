@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from protocol import watermarks
+from protocol import keys, watermarks
 from protocol.records import OpenHead, UserHead
 from tests.workers.seeding import Log
 from workers.store.conversations import heads_pipeline
+from workers.store.heads import written_since
 from workers.store.indexes import SEQUENCE_INDEX
 
 if TYPE_CHECKING:
@@ -175,3 +176,24 @@ async def test_heads_come_from_a_distinct_scan_of_the_sequence_index(store: Stor
     )
     assert "DISTINCT_SCAN" in str(plan)
     assert plan["stages"][0]["$cursor"]["executionStats"]["totalDocsExamined"] == 2
+
+
+async def test_of_other_shards_and_times_a_new_owner_fetches_nothing(store: Store) -> None:
+    documents = [
+        {
+            "_id": keys.new_message_id(at_ms, shard, shard),
+            "conversation_id": f"c{shard}",
+            "sequence_number": at_ms,
+            "sender_id": "a",
+            "idempotency_key": str(at_ms),
+        }
+        for shard in (1, 26, 27)
+        for at_ms in range(1000, 1020)
+    ]
+    await store.db["messages"].insert_many(documents)
+    plan = await store.db.command(
+        "explain", {"find": "messages", "filter": written_since([27, 1], 1015)}, verbosity="executionStats"
+    )
+    assert plan["executionStats"]["nReturned"] == 10
+    assert plan["executionStats"]["totalDocsExamined"] == 10
+    assert plan["executionStats"]["totalKeysExamined"] <= 17

@@ -8,7 +8,8 @@ import anyio
 import pytest
 
 from protocol import keys, records
-from tests.workers.lanes import SHARDS, eventually, run_lane, settled
+from tests.workers.lanes import SHARDS, crashing_lane, eventually, run_lane, settled
+from tests.workers.seeding import membership
 
 if TYPE_CHECKING:
     from tests.workers.lanes import Yard
@@ -78,3 +79,43 @@ async def test_messages_keep_their_order_when_a_shard_goes_and_comes_back_during
 
         lane._broker.read_ingest = changing_hands  # type: ignore[assignment, method-assign]
         assert await keys_in_order(yard, conversation_id) == ["first", "second"]
+
+
+async def test_the_end_of_a_log_is_known_though_its_owner_died_between_acknowledging_and_flushing_it(
+    yard: Yard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A push that was lost then stayed lost: the gateways' sweep never heard of the last messages, until somebody spoke
+    there again. Simulator, seed 430."""
+    async with run_lane(yard):
+        conv = await yard.create("ann", "ben")
+        await yard.said(conv, "ben", "k1")
+        await eventually(lambda: settled(yard))
+
+    async def never(_: object) -> None:
+        await anyio.sleep_forever()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(yard.store.marks, "flush_heads", never)
+        patched.setattr(yard.store.marks, "flush_marks", never)
+        async with crashing_lane(yard):
+            await yard.said(conv, "ann", "k2")
+            await yard.said(conv, "ann", "k3")
+            await eventually(lambda: settled(yard))
+
+    async def flushed() -> int:
+        document = await yard.store.db["sequence_numbers"].find_one({"_id": conv})
+        assert document is not None
+        last: int = document["last_sequence_number"]
+        return last
+
+    async def is_known() -> bool:
+        return await flushed() == 3
+
+    assert await flushed() == 1
+    async with run_lane(yard):
+        await eventually(is_known)
+        assert (await membership(yard.store, conv, "ann")).read_seq == 3
+        conversation = await yard.store.db["conversations"].find_one({"_id": conv})
+    last = (await yard.log(conv))[-1]
+    assert conversation is not None
+    assert conversation["last_message_at"] == last["created_at"]

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from protocol import watermarks
+from protocol import keys, watermarks
 from protocol.records import OpenHead, UserHead
 from workers.store.conversations import escape_device, heads_pipeline
 from workers.store.errors import store_errors
 from workers.store.indexes import SEQUENCE_INDEX
+from workers.store.marks import HeadMark
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from pymongo import AsyncMongoClient
@@ -140,6 +141,54 @@ class HeadReader:
             if head >= member["join_seq"]:
                 found.append(UserHead(member["user_id"], conversation_id, head))
         return found
+
+    async def unflushed(self, shards: Iterable[int], since_ms: int) -> list[HeadMark]:
+        """Where the logs of these shards end that were written to since then, and `sequence_numbers` does not say it.
+        Raises StoreUnavailable.
+        """
+        fields = {
+            "conversation_id": 1,
+            "sequence_number": 1,
+            "countable": 1,
+            "digest": 1,
+            "created_at": 1,
+            "target_message_id": 1,
+        }
+        heads: dict[str, HeadMark] = {}
+        with store_errors():
+            async for document in self._messages.find(written_since(shards, since_ms), fields):
+                name = document["conversation_id"]
+                heads[name] = _newer(heads.get(name), document)
+            flushed = {
+                document["_id"]: document["last_sequence_number"]
+                async for document in self._sequences.find({"_id": {"$in": list(heads)}}, {"last_sequence_number": 1})
+            }
+        return [head for name, head in heads.items() if flushed.get(name, 0) < head.sequence_number]
+
+
+def written_since(shards: Iterable[int], since_ms: int) -> Document:
+    """The messages of these shards since then. Ids carry time and shard: what is not wanted is passed over in the `_id`
+    index and never fetched."""
+    ends = "|".join(f"{shard:03x}" for shard in sorted(shards))
+    return {"_id": {"$gte": keys.new_message_id(since_ms, 0, 0), "$regex": f"({ends})$"}}
+
+
+def _newer(head: HeadMark | None, document: Document) -> HeadMark:
+    """The later of the two, and active when either was: a change of a message is no activity."""
+    created_at = document["created_at"]
+    active_at = None if "target_message_id" in document else created_at
+    if head is not None and head.active_at is not None:
+        active_at = head.active_at if active_at is None else max(head.active_at, active_at)
+    if head is not None and head.sequence_number > document["sequence_number"]:
+        return head._replace(active_at=active_at)
+    return HeadMark(
+        document["conversation_id"],
+        document["sequence_number"],
+        document["countable"],
+        document["digest"],
+        created_at,
+        active_at,
+    )
 
 
 def _standing(
