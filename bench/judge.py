@@ -238,6 +238,7 @@ class Judge:
         self, conversation_id: str, conversation: Conversation, changes: dict[str, list[_Change]]
     ) -> None:
         """A page shows a message as it was after some change, and after those told before the page was asked for."""
+        stays = fold_stays(conversation)
         for shown in conversation.showings:
             message = shown.message
             if isinstance(message.expires_at, type(message.created_at)) and not message.content:
@@ -253,6 +254,7 @@ class Judge:
                 states.append(msgspec.structs.replace(view))
                 if _is_settled(conversation.known_at.get(change.sequence), shown):
                     settled = number
+            states += _veiled(states, mine, message.sequence_number, stays.get(shown.user_id, ()))
             if not any(state.shows_as(message) for state in states[settled:]):
                 self._judge_stale(conversation_id, shown, states, settled)
 
@@ -370,6 +372,23 @@ def _expected_views(
                 view.take(change.event)
         if view != MessageView():
             yield message_id, view
+
+
+def _veiled(
+    states: Sequence[MessageView], changes: Sequence[_Change], sequence: int, stays: Iterable[Stay]
+) -> list[MessageView]:
+    """How a message is shown, too, to who has left since: without reactions once there was a later change, and without
+    its text once that was an edit. Nobody sees what was made of a message after they left."""
+    left = [stay.last for stay in stays if stay.last is not None and stay.last >= sequence]
+    later = [change for change in changes if any(change.sequence > last for last in left)]
+    if not later:
+        return []
+    bare = [msgspec.structs.replace(state, reactions=frozenset()) for state in states]
+    return [*bare, MessageView(content="", deleted=True)] if any(_is_edit(change) for change in later) else bare
+
+
+def _is_edit(change: _Change) -> bool:
+    return change.event.event is EventKind.EDITED
 
 
 def fold_stays(conversation: Conversation) -> dict[str, list[Stay]]:

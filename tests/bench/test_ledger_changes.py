@@ -189,6 +189,28 @@ def test_a_page_of_the_api_is_judged_as_any_other() -> None:
     assert judge([*true_run(), looked(OWNER, stored(20, FRIEND, "never said"))]) == ["foreign"]
 
 
+def test_who_has_left_sees_nothing_of_what_became_of_a_message_afterwards() -> None:
+    """The guest was banned at 18: a later edit is veiled for them, and whoever is still there sees it."""
+    late = changed(20, EventKind.EDITED, FRIEND, "msg_16", content="no thanks")
+    spoken = msgspec.structs.replace(late, sender_id="system")
+    events = true_run()
+    events = [event for event in events if not isinstance(event, journal.Viewed)]
+    AUTHORS[20] = FRIEND
+    try:
+        events += [
+            change_sent(late),
+            acked(late, user_id=FRIEND),
+            *(pushed(user_id, spoken) for user_id in (OWNER, FRIEND)),
+        ]
+    finally:
+        del AUTHORS[20]
+    thanks = LOG[15]
+    assert judge([*events, looked(GUEST, erased(thanks))]) == []
+    assert judge([*events, looked(OWNER, edited(thanks, "no thanks"))]) == []
+    assert judge([*events, looked(OWNER, erased(thanks))]) == ["altered"], "who is still there sees all of it"
+    assert judge([*events, looked(GUEST, erased(LOG[4]))]) == ["altered"], "nobody touched that one after the ban"
+
+
 def test_what_was_said_to_an_empty_group_is_known_from_its_ack() -> None:
     alone = [system(1, "created", OWNER), stored(2, OWNER, "hello?")]
     events = [pushed(OWNER, alone[0]), sent(alone[1]), acked(alone[1])]
