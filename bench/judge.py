@@ -25,7 +25,7 @@ from protocol.watermarks import DIGEST_BYTES, content_hash
 from workers.audit.runs import Runs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
 PAGE_SECONDS: Final = 60.0
 """A page shows at least what was told so long before it came, however busy the machine is."""
