@@ -385,7 +385,8 @@ class RedisBroker:
         if not was_established:
             await self._check_settings(info)
         before = await self._write_lease()
-        if before is None:
+        # The lease alone proves nothing: one whose answer was lost may have been written into a Redis emptied by then.
+        if before is None or not await self.commands.call("EXISTS", self._down_key):
             self._run_id = ""  # kept until the stream stands again: the next try finds the lease that this one wrote
         forgotten = info.get("run_id", "") != self._run_id
         if forgotten:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from gateway.wire import ReplyFailed
+from gateway.wire import ReplyFailed, WireLost
 from protocol import keys
 from tests.gateway.fakes import eventually
 from tests.gateway.test_broker import Recorder, make_broker
@@ -38,6 +38,32 @@ async def test_a_gateway_hears_again_though_the_first_try_to_make_its_stream_fai
     await call("FLUSHALL")
     await eventually(lambda: bool(receiver.recoveries), 7)
     assert refused
+    assert await call("EXISTS", keys.down("gw_1"), keys.instance("gw_1")) == 2
+
+
+@pytest.mark.trio
+async def test_a_gateway_hears_again_though_the_answer_to_its_lease_was_lost(
+    address: Address, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next try found the lease that this one had written, and took Redis for one that remembers. Simulator, seed
+    490."""
+    broker, receiver = make_broker(address), Recorder()
+    await nursery.start(broker.run, receiver)
+    call = broker.commands.call
+    lost = 0
+
+    async def call_and_lose(*args: str | bytes | int) -> Any:
+        nonlocal lost
+        reply = await call(*args)
+        if args[0] == "SET" and args[1] == keys.instance("gw_1") and not lost:
+            lost += 1
+            raise WireLost("closed by Redis")
+        return reply
+
+    monkeypatch.setattr(broker.commands, "call", call_and_lose)
+    await call("FLUSHALL")
+    await eventually(lambda: bool(receiver.recoveries), 7)
+    assert lost
     assert await call("EXISTS", keys.down("gw_1"), keys.instance("gw_1")) == 2
 
 
