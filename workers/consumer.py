@@ -60,6 +60,8 @@ succeeds."""
 KEYS_WAITING: Final = 50_000
 """Idempotency keys whose write failed, about 20 MB; past it the oldest are dropped: the messages' own index answers for
 them."""
+LEASE_SPACING_SECONDS: Final = 0.1
+"""Between two looks at leases that another may have; the process itself looks every 0.5 s (`lease.py`)."""
 FIRST_TICK_SECONDS: Final = 0.02
 TICK_SECONDS: Final = 0.1
 """Receipts gather for a tick: the first after a pause comes soon, the others within protocol.md's 100 ms."""
@@ -271,6 +273,10 @@ class Lane:
         """Redis came back empty: nothing in memory about these shards can be trusted to be alone any more."""
         log.warning("streams_missing", shards=len(self._logs))
         try:
+            # The leases are gone too. Whose shard another has by now reads nothing until it is told so: what two owners
+            # read in turn is committed out of order.
+            while not await self._holds_all():  # noqa: ASYNC110 - Redis tells nobody
+                await anyio.sleep(LEASE_SPACING_SECONDS)
             await self._broker.create_ingest_groups(list(self._logs))  # leases move meanwhile
         except BrokerUnavailable:
             await anyio.sleep(0.1)
@@ -279,6 +285,10 @@ class Lane:
             shard_log.outstanding.clear()
             shard_log.done.clear()
         self._conversations.forget_shards(frozenset())
+
+    async def _holds_all(self) -> bool:
+        held = await self._broker.hold_leases(self._worker_id, list(self._logs))
+        return self._logs.keys() <= set(held)
 
     async def take(self, entries: Sequence[StreamEntry], redelivered: bool) -> None:
         for entry in entries:

@@ -511,3 +511,28 @@ async def test_who_sent_has_read_so_far_though_the_state_was_forgotten_during_th
     assert flushed is not None
     assert flushed["last_sequence_number"] == 2
     assert (await membership(yard.store, conv, "ann")).read_seq == 2
+
+
+async def test_after_a_flush_nothing_is_read_of_a_shard_that_another_worker_took(yard: Yard) -> None:
+    """Two workers read it in turn until the one heard that it is the other's: later messages were committed first."""
+    taken = keys.shard_of(keys.direct_conversation_id("ann", "bob"), SHARDS)
+    async with run_lane(yard) as lane:
+        conv = await yard.create("ann", "bob")
+        await yard.said(conv, "ann", "k1")
+        async with yard.broker.client.pipeline(transaction=True) as pipe:
+            pipe.flushall()
+            pipe.set(keys.lease(taken), "somebody else")
+            await pipe.execute()
+        await anyio.sleep(0.1)
+        await yard.open()
+        await yard.send(conv, "ann", "k2")
+        await anyio.sleep(0.5)
+        (group,) = await yard.broker.client.xinfo_groups(keys.ingest(taken))
+        assert group["last-delivered-id"] == b"0-0"
+        lane.set_shards(frozenset(range(SHARDS)) - {taken})
+        await eventually(lambda: _owns_the_rest(yard, taken))
+
+
+async def _owns_the_rest(yard: Yard, taken: int) -> bool:
+    owners = await yard.broker.client.mget([keys.lease(shard) for shard in range(SHARDS) if shard != taken])
+    return None not in owners
