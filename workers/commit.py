@@ -134,6 +134,8 @@ class Committer:
         looks = [entry.record for entry in batch if isinstance(entry.record, records.LookAtAccount)]
         if looks:
             await self._look(looks)
+        # Again where they were dropped during the reads: a conversation that is not here is refused for good.
+        await self._conversations.load({entry.conversation_id: entry.shard for entry in batch})
         plan = self._planner.plan(batch, Read(found, replies, targets, media), now_ms)
         if plan.doubts:
             # One read for all of them, however many are refused; none for what is accepted: its insert would notice.

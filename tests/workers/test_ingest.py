@@ -536,3 +536,21 @@ async def test_after_a_flush_nothing_is_read_of_a_shard_that_another_worker_took
 async def _owns_the_rest(yard: Yard, taken: int) -> bool:
     owners = await yard.broker.client.mget([keys.lease(shard) for shard in range(SHARDS) if shard != taken])
     return None not in owners
+
+
+async def test_a_message_is_not_refused_because_its_conversation_was_forgotten_during_the_reads(
+    yard: Yard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its sender was told for good that there is no such conversation. Simulator, seed 449."""
+    async with run_lane(yard):
+        conv = await yard.create("ann", "bob")
+        target = await yard.said(conv, "bob", "k1")
+    locate = yard.store.messages.locate
+    async with run_lane(yard) as lane:
+
+        async def locate_and_forget(message_ids: Any) -> Any:
+            lane._conversations.forget_shards(frozenset())  # as when leases move, or Redis came back empty
+            return await locate(message_ids)
+
+        monkeypatch.setattr(yard.store.messages, "locate", locate_and_forget)
+        await yard.said(conv, "ann", "k2", reply_to_message_id=target)
