@@ -44,6 +44,9 @@ _MANAGED: Final = frozenset(
 """What only an owner or an admin may do."""
 
 
+_TAKES_EDITS: Final = frozenset((EventKind.DELETED, EventKind.HIDDEN))
+
+
 class _Change(msgspec.Struct, frozen=True):
     """A change of a message, in its place in the log. `viewer`: the one for whom it is, or "" for everybody."""
 
@@ -226,12 +229,18 @@ class Judge:
                 if author is None:
                     continue
                 viewer, target = author[0], self._sends[(conversation_id, *author)].target
-            changes.setdefault(target, []).append(_Change(sequence, event, viewer))
-            if event.event is EventKind.DELETED:  # what its edits said is deleted with it
-                for change in changes[target]:
+            mine = changes.setdefault(target, [])
+            mine.append(_Change(sequence, event, viewer))
+            if event.event in _TAKES_EDITS:  # what its edits said goes with it
+                for change in mine:
                     entry = conversation.entries[change.sequence]
                     if change.event.event is EventKind.EDITED and isinstance(entry.message_id, str):
-                        changes.setdefault(entry.message_id, []).append(_Change(sequence, event, ""))
+                        changes.setdefault(entry.message_id, []).append(_Change(sequence, event, viewer))
+            elif event.event is EventKind.EDITED and isinstance(message.message_id, str):
+                # Whoever has hidden the message before does not see what it says now, either.
+                hidden = [change for change in mine if change.event.event is EventKind.HIDDEN]
+                for change in hidden:
+                    changes.setdefault(message.message_id, []).append(_Change(sequence, change.event, change.viewer))
         return changes
 
     def _judge_showings(

@@ -189,26 +189,31 @@ def test_a_page_of_the_api_is_judged_as_any_other() -> None:
     assert judge([*true_run(), looked(OWNER, stored(20, FRIEND, "never said"))]) == ["foreign"]
 
 
+def edited_late(author: str, target: str, content: str) -> tuple[StoredMessage, Events]:
+    """One more edit at the end, which the owner and the friend are shown; and the run with it."""
+    late = changed(20, EventKind.EDITED, author, target, content=content)
+    events = [event for event in true_run() if not isinstance(event, journal.Viewed)]
+    asked = msgspec.structs.replace(
+        change_sent(LOG[5]), user_id=author, idempotency_key="key-20", content=content, target=target
+    )
+    return late, [*events, asked, acked(late, user_id=author), *(pushed(name, late) for name in (OWNER, FRIEND))]
+
+
 def test_who_has_left_sees_nothing_of_what_became_of_a_message_afterwards() -> None:
     """The guest was banned at 18: a later edit is veiled for them, and whoever is still there sees it."""
-    late = changed(20, EventKind.EDITED, FRIEND, "msg_16", content="no thanks")
-    spoken = msgspec.structs.replace(late, sender_id="system")
-    events = true_run()
-    events = [event for event in events if not isinstance(event, journal.Viewed)]
-    AUTHORS[20] = FRIEND
-    try:
-        events += [
-            change_sent(late),
-            acked(late, user_id=FRIEND),
-            *(pushed(user_id, spoken) for user_id in (OWNER, FRIEND)),
-        ]
-    finally:
-        del AUTHORS[20]
+    _, events = edited_late(FRIEND, "msg_16", "no thanks")
     thanks = LOG[15]
     assert judge([*events, looked(GUEST, erased(thanks))]) == []
     assert judge([*events, looked(OWNER, edited(thanks, "no thanks"))]) == []
     assert judge([*events, looked(OWNER, erased(thanks))]) == ["altered"], "who is still there sees all of it"
-    assert judge([*events, looked(GUEST, erased(LOG[4]))]) == ["altered"], "nobody touched that one after the ban"
+    assert judge([*events, looked(GUEST, erased(WHAT))]) == ["altered"], "nobody touched that one after the ban"
+
+
+def test_who_has_hidden_a_message_is_not_shown_its_edits() -> None:
+    """The friend hid the second message at 10."""
+    late, events = edited_late(OWNER, "msg_2", "hello, both")
+    assert judge([*events, looked(FRIEND, erased(late)), looked(FRIEND, erased(HELLO))]) == []
+    assert judge([*events, looked(OWNER, erased(late))]) == ["altered"], "nobody else has hidden it"
 
 
 def test_what_was_said_to_an_empty_group_is_known_from_its_ack() -> None:
