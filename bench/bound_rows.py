@@ -500,6 +500,7 @@ OTHERS: Final = {
     "workers.consumer.Lane._inbox": "what was committed within a second, at most what is read ahead",
     "workers.consumer.Lane._logs": _SHARDS,
     "workers.consumer.Lane._new_shards": _SHARDS,
+    "workers.consumer.Lane._unrepaired": _SHARDS,
     "workers.dead_letters._Known._letters": "dead letters that wait for their replay, which end after 7 days",
     "workers.dead_letters._Known._places": "dead letters that wait for their replay, which end after 7 days",
     "workers.lease.Leases._adopted": _SHARDS,

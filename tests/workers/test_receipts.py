@@ -102,7 +102,8 @@ async def test_marks_that_are_being_flushed_while_their_conversation_is_read_aga
         await eventually(lambda: settled(yard))
         await yard.read(second, "bob")
         told = await receipts(yard, 1)
-    assert [update.delivered_through for _, update in told] == [2]
+    # 2, or 3 where the tick that tells it knows of bob's own message already; never 1 again.
+    assert [update.delivered_through in (2, 3) for _, update in told] == [True]
 
 
 async def test_receipts_do_not_go_back_for_an_owner_that_comes_while_the_one_before_writes_its_marks(
