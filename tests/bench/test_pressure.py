@@ -45,6 +45,10 @@ def measured(bench: Any, stack: Stack, *argv: str) -> dict[str, Any]:
     return found
 
 
+TRIES = 3
+"""How often goodput is measured, where tests in other processes take the processors away; all else holds each time."""
+
+
 def broken(found: dict[str, Any], *timing: str) -> list[str]:
     """What the verdict has against the contract; `timing`: how the complaints begin that only a quiet machine owes."""
     verdict = found["verdict"]
@@ -52,15 +56,30 @@ def broken(found: dict[str, Any], *timing: str) -> list[str]:
 
 
 def test_three_times_the_load_is_refused_at_once_and_loses_nothing(stack: Stack) -> None:
-    found = measured(
-        overload, stack, "overload", "--pairs", "30", "--messages", "800", "--seconds", "3", "--backlog", str(BACKLOG)
-    )
-    assert broken(found, "goodput", "late refusals", "slow after") == []
-    assert found["refused"] > found["acked"] / 2
-    assert found["goodput"] > 0.3  # it does not collapse; the command, on a machine of its own, demands 0.9
-    assert found["refused_ms"]["p50"] < overload.REFUSAL_MS
-    assert found["ack_ms"]["max"] < overload.ACK_MS
-    assert found["drained_seconds"] < overload.RECOVERY_SECONDS
+    goodput = 0.0
+    for _ in range(TRIES):
+        found = measured(
+            overload,
+            stack,
+            "overload",
+            "--pairs",
+            "30",
+            "--messages",
+            "800",
+            "--seconds",
+            "3",
+            "--backlog",
+            str(BACKLOG),
+        )
+        assert broken(found, "goodput", "late refusals", "slow after") == []
+        assert found["refused"] > found["acked"] / 2
+        assert found["refused_ms"]["p50"] < overload.REFUSAL_MS
+        assert found["ack_ms"]["max"] < overload.ACK_MS
+        assert found["drained_seconds"] < overload.RECOVERY_SECONDS
+        goodput = max(goodput, found["goodput"])
+        if goodput > 0.6:
+            break
+    assert goodput > 0.6
 
 
 def test_one_hot_conversation_has_no_hole(stack: Stack) -> None:
