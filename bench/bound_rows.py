@@ -4,25 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-import msgspec
-
-
-class Bound(msgspec.Struct, frozen=True, kw_only=True):
-    """`where`: `module:CONSTANT` or `module:Struct.field`. `holds`: the containers it bounds.
-
-    `no_gauge`: why there is none. `reason`: where the words in the code are about something else.
-    """
-
-    room: str
-    where: str
-    unit: str
-    past: str
-    test: str
-    gauge: str = ""
-    no_gauge: str = ""
-    reason: str = ""
-    holds: tuple[str, ...] = ()
-
+from bench.bound import Bound
+from bench.bound_rows_apps import APPS
 
 _CONNECTION: Final = "One connection"
 _GATEWAY: Final = "A gateway"
@@ -459,6 +442,7 @@ BOUNDS: Final = (
         no_gauge="a gateway that reads has none",
         test=_WORKER + "test_the_stream_of_a_gateway_that_does_not_read_keeps_its_newest",
     ),
+    *APPS,
 )
 
 _BATCH: Final = "lives as long as one batch (`TRIREME_BATCH`, `BATCH_BYTES`)"

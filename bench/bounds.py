@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from bench.bound_rows import BOUNDS, EXEMPT, OTHERS, Bound
+from bench.bound_rows import BOUNDS, EXEMPT, OTHERS
 
 if TYPE_CHECKING:
     import argparse
+
+    from bench.bound import Bound
 
 PROJECT: Final = Path(__file__).resolve().parent.parent
 PAGE: Final = PROJECT / "docs" / "bounds.md"

@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from protocol import dev_keys, keys
+from workers.networks import parse_networks
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -32,6 +33,7 @@ _DEV_DEFAULTS: Final = {
     "s3_url": dev_keys.S3_URL,
     "s3_access_key": dev_keys.S3_ACCESS_KEY,
     "s3_secret_key": dev_keys.S3_SECRET_KEY,
+    "egress_allow": "127.0.0.0/8,::1",
 }
 """Where `bench services` listens, and the public dev secrets. No other environment has them."""
 _NEEDED_BY_ALL: Final = ("redis_url", "mongodb_url")
@@ -153,6 +155,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Uploads one user begins."""
     media_orphan_seconds: Annotated[int, Meta(ge=1, le=31_536_000)] = 86_400
     """An upload that no message carries is deleted after so long."""
+    egress_allow: str = ""
+    """Networks, comma-separated, that URLs of webhooks and agents may lead to although they are not public, and to
+    which plain http is spoken. None by default: such a URL could reach whatever trusts this machine."""
     worker_metrics_port: Port | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
@@ -182,6 +187,10 @@ def load_settings(environ: Mapping[str, str], roles: Iterable[str]) -> Settings:
     private = _private_jwks(settings.jwt_private_key) if settings.jwt_private_key else []
     if settings.env != DEV:
         _check_secrets(settings, private)
+    try:
+        parse_networks(settings.egress_allow)
+    except ValueError:
+        raise SettingError(f"{PREFIX}EGRESS_ALLOW is malformed: it must be networks, comma-separated") from None
     if settings.s3_url:
         for name in ("s3_access_key", "s3_secret_key"):
             if name not in values:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from prometheus_client import REGISTRY
 
 from bench import bounds
-from bench.bound_rows import BOUNDS, EXEMPT, OTHERS, Bound
+from bench.bound_rows import BOUNDS, EXEMPT, OTHERS
 from workers import metrics
+
+if TYPE_CHECKING:
+    from bench.bound import Bound
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
 HELD = {container for bound in BOUNDS for container in bound.holds}

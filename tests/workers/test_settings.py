@@ -16,6 +16,11 @@ URLS = {"TRIREME_REDIS_URL": "redis://r:1/0", "TRIREME_MONGODB_URL": "mongodb://
 OTHER_KEY = '{{"kty":"OKP","crv":"Ed25519","x":"{}","d":"{}"}}'.format("A" * 43, "B" * 43)
 
 
+def test_strangers_urls_lead_to_this_machine_in_dev_only() -> None:
+    assert load_settings({"TRIREME_ENV": "dev"}, ["events"]).egress_allow == "127.0.0.0/8,::1"
+    assert load_settings(URLS, ["events"]).egress_allow == ""
+
+
 def test_dev_needs_nothing() -> None:
     settings = load_settings({"TRIREME_ENV": "dev"}, ["ingest", "rest"])
     assert settings.admin_token == "dev-admin"
@@ -43,6 +48,8 @@ def test_a_worker_without_rest_needs_no_secrets() -> None:
         (URLS | {"TRIREME_REST_PORT": "65536"}, ["query"], "TRIREME_REST_PORT"),
         (URLS | {"TRIREME_LOG_LEVEL": "loud"}, ["query"], "TRIREME_LOG_LEVEL"),
         (URLS | {"TRIREME_ENV": "A B"}, ["query"], "TRIREME_ENV"),
+        (URLS | {"TRIREME_EGRESS_ALLOW": "10.0.0.0/8,intranet"}, ["query"], "TRIREME_EGRESS_ALLOW"),
+        (URLS | {"TRIREME_EGRESS_ALLOW": "10.0.0.1/8"}, ["query"], "TRIREME_EGRESS_ALLOW"),
         (URLS | {"TRIREME_JWT_PRIVATE_KEY": "nonsense"}, ["query"], "TRIREME_JWT_PRIVATE_KEY"),
         (URLS | {"TRIREME_JWT_PRIVATE_KEY": dev_keys.PUBLIC_JWK}, ["query"], "TRIREME_JWT_PRIVATE_KEY"),
         (URLS | {"TRIREME_JWT_PRIVATE_KEY": '{"keys":[]}'}, ["query"], "TRIREME_JWT_PRIVATE_KEY"),
