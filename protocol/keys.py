@@ -40,6 +40,8 @@ EVENT_MESSAGE_FIELD = b"m"
 CONNECTION_TTL_SECONDS = 3600
 PRESENCE_TTL_SECONDS = 300
 SESSION_TTL_SECONDS = 3600
+AGENT_TTL_SECONDS = 300
+INTENT_TTL_SECONDS = 3600
 INBOX_TTL_SECONDS = 30 * 86400
 INSTANCE_TTL_SECONDS = 10
 """Renewed every 2.5 s. Whoever has died is seen within 12 s, so that its users are offline within 15 s."""
@@ -140,7 +142,7 @@ def notification_channel(user_id: str) -> str:
 
 
 def agent(agent_id: str) -> str:
-    """string: agent registry cache, 5 min."""
+    """string: agent registry cache, 5 min; empty for the moment of a change (`workers.agents.registry`)."""
     return f"agent:{agent_id}"
 
 

@@ -25,6 +25,8 @@ Sequence = Annotated[int, Meta(ge=1, le=2**53)]
 GROUP_LIMIT = 100
 """Most participants of a group conversation (seed, "Group Chat Support")."""
 SYSTEM_SENDER = "system"
+AGENT_PREFIX: Final = "agt_"
+"""The id of an agent's account begins so, and nobody else's does: who is an agent can be told from its id."""
 
 
 class UserStatus(StrEnum):
@@ -84,6 +86,19 @@ class LastSeen(StrEnum):
     NOBODY = "nobody"
 
 
+class AgentKind(StrEnum):
+    """How an agent is reached: a POST to its URL, a Python class of the role `agents`, or its own WebSocket."""
+
+    WEBHOOK = "webhook"
+    PYTHON = "python"
+    WEBSOCKET = "websocket"
+
+
+class AgentStatus(StrEnum):
+    ENABLED = "enabled"
+    DISABLED = "disabled"
+
+
 class EventKind(StrEnum):
     """What a system message says. The first group changes a conversation's state, the second a message of it."""
 
@@ -136,7 +151,9 @@ class Privacy(msgspec.Struct, kw_only=True, frozen=True):
 class Conversation(msgspec.Struct, kw_only=True, frozen=True):
     """A 1:1 or group conversation. `participants` holds the ids of those who are in it now.
 
-    `disappearing_seconds`: how long the content of a message sent from now on is kept; left out: for ever.
+    `disappearing_seconds`: how long the content of a message sent from now on is kept; left out: for ever. `agent_id`:
+    the agent it is with, "" for none; `user_id`: who began it. `plaintext`: its members have said that nothing here is
+    encrypted, so the server may look at what is said to find the agent for it.
     """
 
     conversation_id: str | UnsetType = msgspec.field(name="_id", default=UNSET)
@@ -149,6 +166,29 @@ class Conversation(msgspec.Struct, kw_only=True, frozen=True):
     created_at: datetime
     title: str | UnsetType = UNSET
     disappearing_seconds: int | UnsetType = UNSET
+    plaintext: bool | UnsetType = UNSET
+
+
+class Agent(msgspec.Struct, kw_only=True, frozen=True):
+    """A software agent; its account is the user of the same id. `capabilities`: what it is good for, as intents say it.
+
+    `url`: of a webhook. `handler`: the name of a Python class that the role `agents` runs. `concurrency`: calls under
+    way at once; `timeout_seconds`: from the first try of a call to the notice that nothing came of it.
+    """
+
+    agent_id: str = msgspec.field(name="_id")
+    name: str
+    description: str
+    kind: AgentKind
+    status: AgentStatus
+    capabilities: list[str]
+    is_default: bool
+    url: str | UnsetType = UNSET
+    handler: str | UnsetType = UNSET
+    concurrency: int
+    timeout_seconds: float
+    created_at: datetime
+    updated_at: datetime
 
 
 class Membership(msgspec.Struct, kw_only=True, frozen=True):

@@ -116,6 +116,7 @@ class CreateConversation(Record, tag="c", frozen=True, gc=False):
     participants: list[str]
     agent_id: str
     title: str = ""
+    plaintext: bool = False
 
 
 class AddParticipants(Record, tag="a", frozen=True, gc=False):

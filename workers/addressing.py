@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from protocol.errors import ErrorCode
 from protocol.media import KINDS
+from protocol.models import AGENT_PREFIX
 from workers.groups import Refused
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ def check_addressing(
     receiver = record.receiver_id
     if receiver:
         if owned.is_group:
-            if receiver != owned.conversation_id:
-                return _unfit("receiver_id of a group message is empty or the conversation")
+            if receiver != owned.conversation_id and not _is_agent_of(receiver, owned):
+                return _unfit("receiver_id of a group message is empty, the conversation or an agent in it")
         elif receiver == record.sender_id or receiver not in owned.members:
             return _unfit("receiver_id is not the other participant")
     if record.reply_to_message_id is not None:
@@ -44,6 +45,11 @@ def check_addressing(
         ):
             return _unfit("reply_to_message_id is not a message of this conversation")
     return None
+
+
+def _is_agent_of(receiver_id: str, owned: Owned) -> bool:
+    """Everybody in a group sees what is said to one of its agents; who is named is the one that answers."""
+    return receiver_id.startswith(AGENT_PREFIX) and receiver_id in owned.members
 
 
 def check_media(record: SendMessage, media_url: str, usable: Mapping[Use, MediaKind]) -> Refused | None:

@@ -112,6 +112,7 @@ def new_conversation(record: records.CreateConversation, created_at: datetime) -
         last_sequence_number=0,
         created_at=created_at,
         title=record.title or msgspec.UNSET,
+        plaintext=True if record.plaintext else msgspec.UNSET,
     )
 
 

@@ -1,4 +1,4 @@
-"""Whose messages become events: those of conversations with an agent, and everybody's while an app listens.
+"""Whose messages become events: those of conversations with an agent or to one, everybody's while an app listens.
 
 Part of the ingest role; asked by `plan.py` for each message, so it answers from memory. An app that has just begun to
 listen is heard of within `EVERY_SECONDS`.
@@ -12,6 +12,7 @@ import anyio
 import structlog
 
 from protocol import events
+from protocol.models import AGENT_PREFIX
 from workers.store.errors import StoreUnavailable
 from workers.store.messages import from_ms
 
@@ -45,9 +46,9 @@ class Interest:
                 log.warning("listeners_unknown", error=str(error)[:200])
             await anyio.sleep(EVERY_SECONDS)
 
-    def wants(self, conversation: Conversation) -> bool:
-        """Is a message of this conversation an event for anybody?"""
-        return self.listened or bool(conversation.agent_id)
+    def wants(self, conversation: Conversation, receiver_id: str) -> bool:
+        """Is a message of this conversation, said to this receiver, an event for anybody?"""
+        return self.listened or bool(conversation.agent_id) or receiver_id.startswith(AGENT_PREFIX)
 
 
 def event_of(draft: Draft, conversation: Conversation, message_id: str, sequence: int) -> events.Event:

@@ -274,7 +274,8 @@ class Planner:
         if refusal is not None:
             plan.doubts.append(Doubt(entry, record, refusal, len(plan.outcomes)))
             return
-        draft = drafts.of_message(record, owned, now_ms, has_event=self._interest.wants(owned.conversation))
+        has_event = self._interest.wants(owned.conversation, record.receiver_id)
+        draft = drafts.of_message(record, owned, now_ms, has_event=has_event)
         message = self._append(entry, owned, plan, draft, now_ms)
         if draft.has_event:
             event = event_of(draft, owned.conversation, entry.message_id, owned.last)

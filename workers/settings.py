@@ -158,6 +158,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     egress_allow: str = ""
     """Networks, comma-separated, that URLs of webhooks and agents may lead to although they are not public, and to
     which plain http is spoken. None by default: such a URL could reach whatever trusts this machine."""
+    agent_classes: str = ""
+    """Python agents of this installation: `name=module:Class`, comma-separated; `echo` is there."""
     worker_metrics_port: Port | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 

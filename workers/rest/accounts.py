@@ -183,7 +183,7 @@ async def delete_account(request: CallerRequest, data: JSONBody[DeletionRequest]
     target = await prove(desk, data.verification_id, data.code)
     if not _is_of(target, account) or not await desk.codes.spend(data.verification_id):
         raise code_refused()
-    return await _delete(desk, user_id)
+    return await end_account(desk, user_id)
 
 
 @delete(
@@ -200,10 +200,11 @@ async def delete_user(user_id: PathId, desk: DeskDependency) -> Deletion:
     """
     if await desk.store.users.profile(user_id) is None:
         raise _unknown()
-    return await _delete(desk, user_id)
+    return await end_account(desk, user_id)
 
 
-async def _delete(desk: Desk, user_id: str) -> Deletion:
+async def end_account(desk: Desk, user_id: str) -> Deletion:
+    """Delete an account, and do what follows from it as far as that goes now. May be repeated."""
     await revocation.hold(desk.broker, user_id)
     await desk.store.users.begin_deletion(user_id, moment_at(now_ms()))
     log.info("deletion_begun", user_id=user_id)

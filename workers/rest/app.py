@@ -23,6 +23,7 @@ from workers.instances import Instance
 from workers.objects import Objects
 from workers.rest import (
     accounts,
+    agents,
     blocks,
     conversations,
     dead_letters,
@@ -73,6 +74,12 @@ ROUTES: Final = [
     accounts.export_account,
     accounts.delete_account,
     accounts.delete_user,
+    agents.create_agent,
+    agents.list_agents,
+    agents.read_agent,
+    agents.change_agent,
+    agents.renew_secret,
+    agents.delete_agent,
     keyset.read_keys,
     conversations.create_conversation,
     conversations.list_conversations,

@@ -61,6 +61,7 @@ async def create(
     participants: list[str],
     agent_id: str,
     title: str,
+    plaintext: bool,
     idempotency_key: str | None,
 ) -> Conversation:
     """Create a conversation, or find the one that this request made before. Raises RestError."""
@@ -82,6 +83,7 @@ async def create(
         participants,
         agent_id,
         title,
+        plaintext,
     )
     return await _change_conversation(desk, record)
 

@@ -11,7 +11,8 @@ from msgspec import UNSET, Meta, UnsetType
 
 from protocol import keys, records
 from protocol.errors import ErrorCode
-from protocol.models import GROUP_LIMIT, Conversation, ConversationType, Id
+from protocol.models import AGENT_PREFIX, GROUP_LIMIT, AgentStatus, Conversation, ConversationType, Id
+from workers.agents.registry import Registry
 from workers.groups import LONGEST_DISAPPEARING_SECONDS, TITLE_LIMIT
 from workers.rest import commands
 from workers.rest.access import actor_guard, shape_guard, user_guard
@@ -41,12 +42,17 @@ Title = Annotated[str, Meta(max_length=TITLE_LIMIT, pattern=r"\A[^\x00-\x1f\x7f-
 
 
 class NewConversation(msgspec.Struct, frozen=True):
-    """`participants` need not name the caller; an administrator's first one is the creator. `title`: of a group."""
+    """`participants` need not name the caller; an administrator's first one is the creator. `title`: of a group.
+
+    `agent_id`: the agent it is with, who need not be named among the participants. A 1:1 conversation that names nobody
+    else is with the default agent. `plaintext`: nothing in it will be encrypted, so what is said may find the agent.
+    """
 
     conversation_type: ConversationType = msgspec.field(name="type")
     participants: Annotated[list[Id], Meta(max_length=NAMED_LIMIT)]
     agent_id: Annotated[str, Meta(max_length=64)] = ""
     title: Title = ""
+    plaintext: bool = False
 
 
 class ConversationChange(msgspec.Struct, frozen=True):
@@ -79,15 +85,16 @@ async def create_conversation(
 ) -> Response[Conversation]:
     """201 with the conversation; 200 when the 1:1 conversation of these two was there already.
 
-    400 for unknown users, 403 `blocked` where one of the two blocks the other, or one of a group its creator, 409
-    `group_full` for more than 100 participants, `conflict` where this key has made a group that the caller has left.
+    400 for unknown users and agents, 403 `blocked` where one of the two blocks the other, or one of a group its
+    creator, 409 `group_full` for more than 100 participants, `conflict` where this key has made a group that the caller
+    has left.
     """
     actor = request.user.user_id
     if actor is None:
         if not data.participants:
             raise RestError(ErrorCode.VALIDATION_FAILED, "participants: the first one is the creator")
         actor = data.participants[0]
-    participants = list(dict.fromkeys([actor, *data.participants]))
+    agent_id, participants = await _with_agent(desk, data, list(dict.fromkeys([actor, *data.participants])))
     if data.conversation_type is ConversationType.ONE_TO_ONE:
         if len(participants) != 2:
             raise RestError(ErrorCode.VALIDATION_FAILED, "a 1:1 conversation has exactly two participants")
@@ -110,9 +117,25 @@ async def create_conversation(
         if made is None or not await commands.has_entry(desk, *made):
             raise refusal
     created = await commands.create(
-        desk, actor, data.conversation_type, participants, data.agent_id, data.title, idempotency_key
+        desk, actor, data.conversation_type, participants, agent_id, data.title, data.plaintext, idempotency_key
     )
     return Response(created, status_code=201)
+
+
+async def _with_agent(desk: Desk, data: NewConversation, participants: list[str]) -> tuple[str, list[str]]:
+    """The agent of the conversation, "" for none, and everybody who is in it. Raises RestError for no enabled agent."""
+    agent_id, is_pair = data.agent_id, data.conversation_type is ConversationType.ONE_TO_ONE
+    if not agent_id and is_pair:
+        if len(participants) == 1 and (default := await desk.store.agents.default()) is not None:
+            agent_id = default.agent_id
+        elif len(participants) == 2:
+            agent_id = next((name for name in participants[1:] if name.startswith(AGENT_PREFIX)), "")
+    if not agent_id:
+        return "", participants
+    agent = await Registry(desk.store, desk.broker).get(agent_id)
+    if agent is None or agent.status is not AgentStatus.ENABLED:
+        raise RestError(ErrorCode.VALIDATION_FAILED, "agent_id: no such agent, or it is disabled")
+    return agent_id, list(dict.fromkeys([*participants, agent_id]))
 
 
 async def refuse_invitation(desk: Desk, actor: str, user_ids: list[str]) -> RestError | None:

@@ -321,7 +321,7 @@ def unescape_device(field: str) -> str:
 
 
 _OPTIONAL_OF_MEMBER = ("leave_seq", "silenced_until", "shown_read_seq")
-_OPTIONAL_OF_CONVERSATION = ("last_message_at", "title", "disappearing_seconds")
+_OPTIONAL_OF_CONVERSATION = ("last_message_at", "title", "disappearing_seconds", "plaintext")
 
 
 def membership_of(document: Document) -> Membership:

@@ -123,6 +123,15 @@ def _account_indexes() -> dict[str, list[IndexModel]]:
         + [
             _unfinished_index(),
         ],
+        "agents": [
+            IndexModel([("capabilities", ASCENDING)], name="capability"),
+            IndexModel(
+                [("is_default", ASCENDING)],
+                name="one_default",
+                unique=True,
+                partialFilterExpression={"is_default": True},
+            ),
+        ],
         "devices": _device_indexes(),
         "verifications": [
             IndexModel([("verification_id", ASCENDING)], name="verification"),
