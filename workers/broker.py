@@ -198,17 +198,20 @@ class Broker:
         """Append what a dead letter holds to its shard again, byte for byte."""
         await self._run("XADD", keys.ingest(shard), "*", keys.FIELD, payload, keys.LETTER_FIELD, letter_id.encode())
 
-    async def create_ingest_groups(self, shards: Iterable[int]) -> None:
-        """Make stream and group of each shard where they are missing; the group starts at the stream's beginning."""
-        for shard in shards:
-            await self._create_group(keys.ingest(shard), keys.INGEST_GROUP)
+    async def create_ingest_groups(self, shards: Iterable[int]) -> bool:
+        """Make stream and group of each shard where they are missing; the group starts at the stream's beginning. Was
+        one missing?"""
+        made = [await self._create_group(keys.ingest(shard), keys.INGEST_GROUP) for shard in shards]
+        return any(made)
 
-    async def _create_group(self, stream: str, group: str) -> None:
+    async def _create_group(self, stream: str, group: str) -> bool:
         try:
             await self._run("XGROUP", "CREATE", stream, group, "0", "MKSTREAM")
         except redis.exceptions.ResponseError as error:
             if not str(error).startswith("BUSYGROUP"):
                 raise
+            return False
+        return True
 
     async def read_ingest(self, shards: Sequence[int], count: int, block_ms: int | None) -> list[StreamEntry]:
         """New entries of these shards, at most `count` per shard, waiting up to `block_ms` for the first; None: not at

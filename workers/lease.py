@@ -30,6 +30,10 @@ SAFETY_SECONDS = 1.5
 """An owner with less than this left of its lease issues no more work (reliability.md section 10.4)."""
 GIVING_UP_SECONDS = 0.4
 """Between the last read of a shard that is given up and the end of its lease: longer than a read waits (`BLOCK_MS`)."""
+REMADE_SECONDS = ROUND_SECONDS + 2 * GIVING_UP_SECONDS
+"""How long a shard rests whose group was missing: so late its owner from before Redis was emptied may have its next
+look at the leases, and a read under way behind that. To that owner the group is there again, and what two owners read
+in turn is committed out of order."""
 MOVES_PER_ROUND = 64
 """Shards given up per round when workers come or go; a moved shard costs its new owner one read of pending entries."""
 
@@ -99,8 +103,8 @@ class Leases:
         asked_at = anyio.current_time()
         held = await self._broker.hold_leases(self._worker_id, wanted)
         fresh = [shard for shard in held if shard not in self._until]
-        if fresh:
-            await self._broker.create_ingest_groups(fresh)
+        if fresh and await self._broker.create_ingest_groups(fresh):
+            await anyio.sleep(REMADE_SECONDS)
         lost = [shard for shard in wanted if shard in self._until and shard not in set(held)]
         for shard in lost:
             del self._until[shard]

@@ -109,6 +109,18 @@ async def test_a_shard_that_is_given_up_stays_leased_until_the_last_read_of_it_i
             assert anyio.current_time() - given_up_at > BLOCK_MS / 1000
 
 
+async def test_i7_a_shard_of_an_emptied_redis_rests_until_its_owner_from_before_knows(broker: Broker) -> None:
+    """The group was there again before that owner read on: it read in turn with the next one."""
+    before, after = Worker(broker, "worker-1"), Worker(broker, "worker-2")
+    async with before.running():
+        await until(lambda: len(before.held) == SHARDS, 5)
+        await broker.client.flushdb()
+        assert await broker.hold_leases("worker-2", list(range(SHARDS))) == list(range(SHARDS))
+        async with after.running():
+            await until(lambda: after.held, 5)
+            assert not after.held & before.held
+
+
 async def test_leases_are_not_current_once_the_clock_says_so(broker: Broker) -> None:
     one = Worker(broker, "worker-1")
     async with one.running():
