@@ -77,6 +77,8 @@ class HeadSweep:
         """Suspect every connection whose cursor is behind."""
         for head in answer.heads:
             for connection in self._users.get(head.user_id, ()):
+                if head.ended and head.conversation_id not in (connection.session.cursors or ()):
+                    continue  # it had no part of it
                 if connection.session.head_seen(head.conversation_id, head.head):
                     self._suspects.append((now + GRACE_SECONDS, connection, head.conversation_id, head.head))
 

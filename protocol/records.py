@@ -321,7 +321,10 @@ class Notice(Record, tag="n", frozen=True, gc=False):
 
 
 class OpenHead(Record, frozen=True, gc=False):
-    """One live membership as of an `OpenAnswer`: visible range, device cursor, and the digest at the head."""
+    """One live membership as of an `OpenAnswer`: visible range, device cursor, and the digest at the head.
+
+    Or one that has ended, whose end, its head, this device has not seen.
+    """
 
     conversation_id: str
     cursor: int
@@ -368,9 +371,12 @@ class Reply(Record, tag="R", frozen=True, gc=False):
 
 
 class UserHead(Record, frozen=True, gc=False):
+    """`ended`: the user is no longer in it; the head is the last that they may see."""
+
     user_id: str
     conversation_id: str
     head: int
+    ended: bool = False
 
 
 class HeadsAnswer(Record, tag="S", frozen=True, gc=False):

@@ -401,7 +401,7 @@ class Conversations:
         event = codec.decode_system_event(content)
         owned.countable = message.countable
         folded = owned.fold_event(event, message.sequence_number)
-        projection.add(event, folded, message.sequence_number)
+        projection.add(event, folded, message.sequence_number, message.created_at)
         if (effect := effect_of_tail(event, message)) is not None:
             projection.add_effect(effect)
 

@@ -442,7 +442,7 @@ class Planner:
         message = self._append(entry, owned, plan, draft, now_ms)
         _, projection = plan.projections.setdefault(owned.conversation_id, (owned, Projection()))
         folded = owned.fold_event(event, owned.last)
-        projection.add(event, folded, owned.last)
+        projection.add(event, folded, owned.last, from_ms(owned.created_ms))
         fingerprint = _event_fingerprint(draft.request_hash or draft.hashed)
         plan.known[entry.key] = Known(entry.message_id, owned.last, owned.created_ms, fingerprint)
         return message, folded

@@ -40,8 +40,8 @@ class Projection:
         self._touched: dict[str, int] = {}
         self._effects: list[Effect] = []
 
-    def add(self, event: SystemEvent, folded: Folded, sequence: int) -> None:
-        """One more system message, which `Owned.fold_event` has folded."""
+    def add(self, event: SystemEvent, folded: Folded, sequence: int, at: datetime) -> None:
+        """One more system message, created `at`, which `Owned.fold_event` has folded."""
         self._kinds.add(event.event)
         for membership in folded.joined:
             self._stays[membership.user_id] = membership
@@ -49,6 +49,7 @@ class Projection:
             self._touched[membership.user_id] = sequence
         for user_id in folded.left:
             self._set(user_id, sequence, "leave_seq", sequence)
+            self._set(user_id, sequence, "left_at", at)
         if isinstance(event.roles, dict):
             for user_id, role in event.roles.items():
                 self._set(user_id, sequence, "role", role.value)

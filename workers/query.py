@@ -186,7 +186,7 @@ async def publish_answers(broker: Broker, answers: MemoryObjectReceiveStream[Ans
 async def _answer_query(store: Store, broker: Broker, query: records.Query) -> records.DownItem | None:
     match query:
         case records.OpenQuery():
-            unread, heads = await store.heads.open_heads(query.user_id, query.device_id, query.cursors)
+            unread, heads = await store.heads.open_heads(query.user_id, query.device_id, query.cursors, _now_ms())
             return records.OpenAnswer(query.connection, unread, heads)
         case records.PageQuery():
             page = await store.logs.page(query.user_id, query.conversation_id, query.after_sequence, query.limit)
@@ -200,7 +200,7 @@ async def _answer_query(store: Store, broker: Broker, query: records.Query) -> r
             found = await store.logs.history(query.user_id, query.conversation_id, query.before_sequence, query.limit)
             return records.Reply(query.connection, _reply_frame(query.conversation_id, found, "history"))
         case records.HeadsQuery():
-            return records.HeadsAnswer(await store.heads.sweep_heads(query.user_ids))
+            return records.HeadsAnswer(await store.heads.sweep_heads(query.user_ids, _now_ms()))
         case records.PresenceQuery():
             return await presence.look(store, broker, query)
         case _:

@@ -393,6 +393,18 @@ def test_c8_a_push_that_vanished_is_repaired_by_the_sweep(house: House) -> None:
     assert house.hub.counts.repairs == 1
 
 
+def test_c8_the_lost_push_of_a_removal_is_repaired_where_something_was_seen_before(house: House) -> None:
+    house.open(heads={"conv_1": 3})
+    house.open("usr_b")
+    house.pass_time(1)
+    house.broker.take("ask")
+    ends = [records.UserHead(user_id, "conv_1", 4, ended=True) for user_id in ("usr_a", "usr_b")]
+    house.hub.route([records.HeadsAnswer(ends)])
+    house.pass_time(3)
+    (query,) = house.broker.take("ask")
+    assert (query.user_id, query.conversation_id, query.after_sequence) == ("usr_a", "conv_1", 3)
+
+
 def test_a_push_that_was_only_on_its_way_is_no_suspect(house: House) -> None:
     _, transport = house.open(heads={"conv_1": 3})
     house.pass_time(1)

@@ -13,6 +13,7 @@ from protocol.errors import ErrorCode
 from tests.system.crowd import PATIENCE_SECONDS, crowd, eventually, message, talker
 
 if TYPE_CHECKING:
+    from bench.phone import Phone
     from tests.system.house import House
 
 pytestmark = [pytest.mark.trio, pytest.mark.slow]
@@ -86,6 +87,39 @@ async def test_w72_who_was_removed_sees_and_says_nothing_more(house: House) -> N
                     seen.append(frame)  # type: ignore[arg-type]
             assert len(seen) > 1
         await people.settle()
+
+
+async def test_w72_who_was_removed_while_away_is_told_of_it_and_of_nothing_after(house: House) -> None:
+    async with crowd(house) as people:
+        conversation_id, users = await people.group(3)
+        owner = people.tokens[users[0]]
+        sender, away = await people.phone(users[0]), await people.phone(users[2])
+        with trio.fail_after(PATIENCE_SECONDS):
+            await sender.send(conversation_id, "for all")
+            await away.wait_until(lambda: cursor_of(away, conversation_id) == cursor_of(sender, conversation_id))
+            await away.go_offline()
+            await sender.send(conversation_id, "before the removal")
+            assert await people.api.remove_participant(conversation_id, users[2], owner) is None
+            await sender.wait_until(lambda: cursor_of(sender, conversation_id) == 4)
+            await sender.send(conversation_id, "between us")
+            away.go_online()
+            await away.wait_online()
+            await away.wait_until(lambda: cursor_of(away, conversation_id) == 4)
+            await away.wait_until(lambda: away.client.synced)
+        assert cursor_of(away, conversation_id) == 4
+        # It names what it holds; so it hears nothing twice, and nothing of what came after.
+        await away.go_offline()
+        away.go_online()
+        with trio.fail_after(PATIENCE_SECONDS):
+            await away.wait_online()
+            await away.wait_until(lambda: away.client.synced)
+        assert cursor_of(away, conversation_id) == 4
+
+
+def cursor_of(phone: Phone, conversation_id: str) -> int:
+    """The last entry of this conversation that the phone holds."""
+    log = phone.client.logs.get(conversation_id)
+    return 0 if log is None or log.cursor is None else log.cursor
 
 
 async def test_each_device_of_the_sender_gets_its_copy_and_the_sending_one_only_its_ack(house: House) -> None:

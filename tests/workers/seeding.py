@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from workers.store import Store
 
 START = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
+NOW_MS = int(START.timestamp() * 1000) + 60_000
+"""A minute after the logs begin."""
 
 
 class Log:
@@ -110,7 +112,9 @@ class Log:
 
     async def leave(self, user_id: str, leave_seq: int) -> None:
         self.participants.remove(user_id)
-        await self._project(leave_seq, MemberChange(user_id, leave_seq, None, {"leave_seq": leave_seq}))
+        left_at = START + timedelta(seconds=leave_seq)
+        fields = {"leave_seq": leave_seq, "left_at": left_at}
+        await self._project(leave_seq, MemberChange(user_id, leave_seq, None, fields))
 
     async def _project(self, sequence: int, change: MemberChange) -> None:
         fields = {"participants": self.participants}

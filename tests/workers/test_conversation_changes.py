@@ -161,6 +161,8 @@ async def test_who_is_banned_is_out_and_stays_out(yard: Yard) -> None:
     events = [codec.decode_system_event(m["content"]).event for m in stored]
     assert events == ["created", "banned", "banned", "unbanned", "added"]
     assert (bob["leave_seq"], again["join_seq"]) == (2, 5)
+    assert bob["left_at"] == stored[1]["created_at"]
+    assert "left_at" not in again
     assert "leave_seq" not in again
     assert refused == [ErrorCode.BANNED] * 2
     assert added.code is None

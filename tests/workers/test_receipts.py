@@ -436,7 +436,7 @@ async def test_a_device_id_with_dots_has_a_cursor(yard: Yard) -> None:
         await eventually(lambda: settled(yard))
     async with run_lane(yard):
         pass
-    _, heads = await yard.store.heads.open_heads("bob", "phone.1%2E", {})
+    _, heads = await yard.store.heads.open_heads("bob", "phone.1%2E", {}, 0)
     assert [head.cursor for head in heads] == [1]
 
 

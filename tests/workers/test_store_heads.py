@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import pytest
 
 from protocol import keys, watermarks
 from protocol.records import OpenHead, UserHead
-from tests.workers.seeding import Log
+from tests.workers.seeding import NOW_MS, START, Log
 from workers.store.conversations import heads_pipeline
-from workers.store.heads import written_since
+from workers.store.heads import ENDED_SWEPT, ENDED_TOLD, written_since
 from workers.store.indexes import SEQUENCE_INDEX
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.anyio
 
 
 async def open_one(store: Store, user_id: str, device: str = "phone", **cursors: int) -> tuple[int, OpenHead]:
-    unread, heads = await store.heads.open_heads(user_id, device, cursors)
+    unread, heads = await store.heads.open_heads(user_id, device, cursors, NOW_MS)
     assert len(heads) == 1
     return unread, heads[0]
 
@@ -104,20 +105,63 @@ async def test_unread_is_the_sum_over_live_memberships_only(store: Store) -> Non
         await log.append("a", "a")
         if name == "e":
             await log.leave("b", 2)
-    unread, heads = await store.heads.open_heads("b", "phone", {})
+    unread, heads = await store.heads.open_heads("b", "phone", {}, NOW_MS)
     assert unread == 4
     assert sorted(head.conversation_id for head in heads) == ["c", "d"]
 
 
+def ms_after_leaving(leave_seq: int, since: timedelta) -> int:
+    return int((START + timedelta(seconds=leave_seq) + since).timestamp() * 1000)
+
+
+async def test_who_was_removed_while_away_is_told_up_to_the_removal(store: Store) -> None:
+    log = await Log(store, "c", ["a", "b"]).create()
+    await log.append("a", "a", "system")
+    await log.leave("b", 3)
+    end = OpenHead("c", 1, 3, log.digest)
+    await log.append("a", "a")
+    await log.mark("b", delivered=1, phone=1, laptop=3)
+    last_moment = ms_after_leaving(3, ENDED_TOLD)
+    for now_ms in (NOW_MS, last_moment):
+        assert await store.heads.open_heads("b", "phone", {}, now_ms) == (0, [end])
+    assert await store.heads.open_heads("b", "phone", {}, last_moment + 1) == (0, [])
+    # Who saw the end, or never had part of it, has nothing to hear.
+    assert await store.heads.open_heads("b", "laptop", {}, NOW_MS) == (0, [])
+    assert await store.heads.open_heads("b", "phone", {"c": 3}, NOW_MS) == (0, [])
+    assert await store.heads.open_heads("b", "new", {}, NOW_MS) == (0, [])
+
+
+async def test_who_names_a_conversation_that_they_left_is_told_however_long_ago_that_was(store: Store) -> None:
+    log = await Log(store, "c", ["a", "b"]).create()
+    await log.append("a", "a", "system")
+    await log.leave("b", 3)
+    later = ms_after_leaving(3, ENDED_TOLD * 2)
+    assert await store.heads.open_heads("b", "new", {"c": 2}, later) == (0, [OpenHead("c", 2, 3, log.digest)])
+    assert await store.heads.open_heads("stranger", "new", {"c": 2}, later) == (0, [])
+    await log.append("a")
+    await log.expire_through(3)
+    assert await store.heads.open_heads("b", "new", {"c": 2}, later) == (0, [])
+
+
+async def test_the_sweep_speaks_of_a_removal_for_some_minutes(store: Store) -> None:
+    log = await Log(store, "c", ["a", "b"]).create()
+    await log.append("a", "a", "system")
+    await log.leave("b", 3)
+    await log.append("a")
+    last_moment = ms_after_leaving(3, ENDED_SWEPT)
+    assert await store.heads.sweep_heads(["b"], last_moment) == [UserHead("b", "c", 3, ended=True)]
+    assert await store.heads.sweep_heads(["b"], last_moment + 1) == []
+
+
 async def test_nobody_knows_a_stranger(store: Store) -> None:
-    assert await store.heads.open_heads("nobody", "phone", {"c": 3}) == (0, [])
-    assert await store.heads.sweep_heads(["nobody"]) == []
+    assert await store.heads.open_heads("nobody", "phone", {"c": 3}, NOW_MS) == (0, [])
+    assert await store.heads.sweep_heads(["nobody"], NOW_MS) == []
 
 
 async def test_an_empty_conversation_stands_at_zero(store: Store) -> None:
     await Log(store, "c", ["a", "b"]).create()
     assert await open_one(store, "b") == (0, OpenHead("c", 0, 0, watermarks.NO_DIGEST))
-    assert await store.heads.sweep_heads(["a", "b"]) == []
+    assert await store.heads.sweep_heads(["a", "b"], NOW_MS) == []
 
 
 async def test_a_log_that_expired_altogether_ends_where_it_ended(store: Store) -> None:
@@ -134,14 +178,15 @@ async def test_the_sweep_reports_flushed_heads_of_live_members(store: Store) -> 
     await log.leave("gone", 1)
     await log.flush()
     await log.append("a")
-    heads = await store.heads.sweep_heads(["a", "b", "gone", "nobody"])
+    long_after = ms_after_leaving(1, ENDED_SWEPT * 2)
+    heads = await store.heads.sweep_heads(["a", "b", "gone", "nobody"], long_after)
     assert sorted(heads, key=lambda head: head.user_id) == [UserHead("a", "c", 2), UserHead("b", "c", 2)]
 
 
 async def operations(store: Store, user_id: str) -> int:
     """How many operations the server carries out for one `open_heads`, by its own profiler."""
     await store.db.command("profile", 2)
-    await store.heads.open_heads(user_id, "phone", {})
+    await store.heads.open_heads(user_id, "phone", {}, NOW_MS)
     await store.db.command("profile", 0)
     count = await store.db["system.profile"].count_documents({"command.profile": {"$exists": False}})
     await store.db.drop_collection("system.profile")
@@ -156,7 +201,7 @@ async def test_opening_takes_as_many_round_trips_for_thirty_conversations_as_for
             await log.append("a", "b", "a")
         counts.append(await operations(store, "b"))
     assert counts == [4, 4]
-    unread, heads = await store.heads.open_heads("b", "phone", {})
+    unread, heads = await store.heads.open_heads("b", "phone", {}, NOW_MS)
     assert (unread, len(heads)) == (30, 30)
 
 

@@ -7,6 +7,7 @@ message would count as unread.
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from protocol import keys, watermarks
@@ -15,6 +16,7 @@ from workers.store.conversations import escape_device, heads_pipeline
 from workers.store.errors import store_errors
 from workers.store.indexes import SEQUENCE_INDEX
 from workers.store.marks import HeadMark
+from workers.store.messages import from_ms
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -29,6 +31,12 @@ Document = dict[str, Any]
 _CLAUSES: Final = 200
 """Conversations per own-tail query. Only those written to within the last second (the flush lag) need one."""
 _LIVE: Final[Document] = {"$exists": False}
+ENDED_TOLD: Final = timedelta(days=30)
+"""How long a device that was away hears of a stay that ended meanwhile, without asking. Who names the conversation with
+its cursor is told whenever that was."""
+ENDED_SWEPT: Final = timedelta(minutes=10)
+"""How long the sweep speaks of a stay that has ended: a round is 10 s, a gateway or worker away is back within minutes,
+and a connection that opens later is told then."""
 
 
 class Standing(NamedTuple):
@@ -49,17 +57,29 @@ class HeadReader:
         self._sequences = database["sequence_numbers"]
         self._messages = database["messages"]
 
-    async def open_heads(self, user_id: str, device_id: str, cursors: Mapping[str, int]) -> tuple[int, list[OpenHead]]:
+    async def open_heads(
+        self, user_id: str, device_id: str, cursors: Mapping[str, int], now_ms: int
+    ) -> tuple[int, list[OpenHead]]:
         """Unread over all live memberships, and each one's head with the device's cursor.
 
         The cursor is the client's own where it named one, else what the device acknowledged, else the place before the
-        first visible entry (a new device gets everything); always within [join_seq-1, head]. Conversations
-        in `cursors` that the user is not in are ignored: no oracle. Raises StoreUnavailable.
+        first visible entry (a new device gets everything); always within [join_seq-1, head]. Stays that have ended come
+        last, as far as the device had part of them and has not seen their end, which is their head. Conversations
+        in `cursors` that the user was never in are ignored: no oracle. Raises StoreUnavailable.
         """
         device = escape_device(device_id)
         heads = []
         unread = 0
-        for standing in await self.standings(user_id):
+        ended: Document = {
+            "$or": [{"left_at": {"$gte": from_ms(now_ms) - ENDED_TOLD}}, {"conversation_id": {"$in": list(cursors)}}]
+        }
+        with store_errors():
+            async with self._snapshot() as session:
+                wanted = {"user_id": user_id, "$or": [{"leave_seq": _LIVE}, ended]}
+                members = await self._memberships.find(wanted, session=session).to_list()
+                standings = await self._stand(user_id, [m for m in members if "leave_seq" not in m], session)
+                ends = await self._ends([m for m in members if "leave_seq" in m], device, cursors, session)
+        for standing in standings:
             membership = standing.membership
             conversation_id = membership["conversation_id"]
             before_first = membership["join_seq"] - 1
@@ -69,7 +89,26 @@ class HeadReader:
             cursor = max(before_first, min(cursor, standing.head))
             heads.append(OpenHead(conversation_id, cursor, standing.head, standing.digest))
             unread += standing.unread
-        return unread, heads
+        return unread, heads + ends
+
+    async def _ends(
+        self, ended: Sequence[Document], device: str, cursors: Mapping[str, int], session: AsyncClientSession
+    ) -> list[OpenHead]:
+        """Where these stays ended, as far as this device had part of them and is behind their end."""
+        behind: dict[str, tuple[int, int]] = {}
+        for member in ended:
+            conversation_id, end = member["conversation_id"], member["leave_seq"]
+            cursor = cursors.get(conversation_id, member["devices"].get(device))
+            if cursor is not None and cursor < end:
+                behind[conversation_id] = max(member["join_seq"] - 1, cursor), end
+        clauses = [{"conversation_id": name, "sequence_number": end} for name, (_, end) in behind.items()]
+        digests: dict[str, bytes] = {}
+        for start in range(0, len(clauses), _CLAUSES):
+            wanted = {"$or": clauses[start : start + _CLAUSES]}
+            async for entry in self._messages.find(wanted, {"conversation_id": 1, "digest": 1}, session=session):
+                digests[entry["conversation_id"]] = entry["digest"]
+        # An end that has expired is none any more.
+        return [OpenHead(name, *behind[name], digest) for name, digest in digests.items()]
 
     async def standings(self, user_id: str, conversation_ids: Sequence[str] | None = None) -> list[Standing]:
         """Every live membership of a user, or those of the named conversations. Raises StoreUnavailable."""
@@ -79,15 +118,18 @@ class HeadReader:
         with store_errors():
             async with self._snapshot() as session:
                 members = await self._memberships.find(wanted, session=session).to_list()
-                if not members:
-                    return []
-                names = [member["conversation_id"] for member in members]
-                flushed = {
-                    document["_id"]: document
-                    async for document in self._sequences.find({"_id": {"$in": names}}, session=session)
-                }
-                heads = await self._heads(names, session)
-                own = await self._own_tails(user_id, heads, flushed, session)
+                return await self._stand(user_id, members, session)
+
+    async def _stand(self, user_id: str, members: Sequence[Document], session: AsyncClientSession) -> list[Standing]:
+        if not members:
+            return []
+        names = [member["conversation_id"] for member in members]
+        flushed = {
+            document["_id"]: document
+            async for document in self._sequences.find({"_id": {"$in": names}}, session=session)
+        }
+        heads = await self._heads(names, session)
+        own = await self._own_tails(user_id, heads, flushed, session)
         return [_standing(member, heads, flushed, own) for member in members]
 
     def _snapshot(self) -> AbstractAsyncContextManager[AsyncClientSession]:
@@ -118,13 +160,15 @@ class HeadReader:
                 own[conversation_id] = max(own.get(conversation_id, 0), message["countable"])
         return own
 
-    async def sweep_heads(self, user_ids: Sequence[str]) -> list[UserHead]:
-        """Heads of all live memberships of these users, at most the flush interval (1 s) old. Raises StoreUnavailable.
+    async def sweep_heads(self, user_ids: Sequence[str], now_ms: int) -> list[UserHead]:
+        """Heads of all live memberships of these users, at most the flush interval (1 s) old, and the ends of those
+        that ended within the last minutes. Raises StoreUnavailable.
 
         Two queries and no look at the log: this runs for every connected user every 10 s.
         """
-        wanted = {"user_id": {"$in": list(user_ids)}, "leave_seq": _LIVE}
-        fields = {"_id": 0, "user_id": 1, "conversation_id": 1, "join_seq": 1}
+        ended = {"left_at": {"$gte": from_ms(now_ms) - ENDED_SWEPT}}
+        wanted = {"user_id": {"$in": list(user_ids)}, "$or": [{"leave_seq": _LIVE}, ended]}
+        fields = {"_id": 0, "user_id": 1, "conversation_id": 1, "join_seq": 1, "leave_seq": 1}
         with store_errors():
             members = await self._memberships.find(wanted, fields).to_list()
             if not members:
@@ -136,10 +180,10 @@ class HeadReader:
             }
         found = []
         for member in members:
-            conversation_id = member["conversation_id"]
-            head = heads.get(conversation_id, 0)
+            conversation_id, end = member["conversation_id"], member.get("leave_seq")
+            head = heads.get(conversation_id, 0) if end is None else end
             if head >= member["join_seq"]:
-                found.append(UserHead(member["user_id"], conversation_id, head))
+                found.append(UserHead(member["user_id"], conversation_id, head, end is not None))
         return found
 
     async def unflushed(self, shards: Iterable[int], since_ms: int) -> list[HeadMark]:
