@@ -480,6 +480,7 @@ OTHERS: Final = {
     "protocol.backlog.Sync.early": _OF_USER,
     "protocol.backlog.Sync.heads": _OF_USER,
     "protocol.session.Session._resume": "at most 500 conversations, by the frame (`protocol.frames.Cursors`)",
+    "protocol.turns.Turns._lines": "keys refused within 5 s, at most `Limits.repeats` (128) beside those of the window",
     "workers.consumer.Lane._committing": _BATCH,
     "workers.consumer.Lane._inbox": "what was committed within a second, at most what is read ahead",
     "workers.consumer.Lane._logs": _SHARDS,

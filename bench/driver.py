@@ -175,7 +175,15 @@ class Connection(picows.WSListener):
             self.types_at = intended + TYPING_SECONDS
             self._load.typed += 1
             self._send(self._typing)
-        mark = self._first_mark + self.reader.sends(intended)
+        self._write(self.reader.sends(intended))
+
+    def send_again(self, count: int, intended: float) -> None:
+        """Send a message that was refused."""
+        self.reader.sends_again(count, intended)
+        self._write(count)
+
+    def _write(self, count: int) -> None:
+        mark = self._first_mark + count
         if self._history is not None:
             self._history.sent(mark, self._content_bytes)
         self.in_flight += 1

@@ -1,9 +1,9 @@
 """`python -m bench overload`: what happens to three times the load that the workers take (reliability.md L-5).
 
 Saturation is measured first, in a closed loop of the same senders. Then they send by the clock at `--times` that rate
-for `--seconds`, and give up what is refused. The verdict: nothing broke the contract; what the workers can take is
-still taken; the rest is refused at once and told when to come again; no ack is late; memory stays within its bound; and
-soon after the end everything is answered and a message takes as long as before.
+for `--seconds`; what is refused takes its sender's next turn. The verdict: nothing broke the contract; what the workers
+can take is still taken; the rest is refused at once and told when to come again; no ack is late; memory stays within
+its bound; and soon after the end everything is answered and a message takes as long as before.
 
 By default the workers, not the processors, are the bottleneck (`--batch 5`): on a machine that also carries the
 generator three times the load would measure the generator. `--batch 500 --backlog 20000` is the product's own setting.

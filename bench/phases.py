@@ -8,6 +8,7 @@ and sets `over` when nothing is.
 from __future__ import annotations
 
 import time
+from bisect import insort
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 PACE_SECONDS = 0.002
 """Step of the open loop: what became due since the last step is sent at once; latency counts from the due time."""
+AGAIN_SECONDS = 0.25
+"""Between two tries of what a flood leaves refused: the gateway looks so often at how far the workers are."""
 ROUNDS_IN_FLIGHT = 2
 """So that the gateway never waits for the driver between rounds."""
 
@@ -188,8 +191,9 @@ class PacedPhase(Phase):
 class FloodPhase(Phase):
     """Sends by the clock for some seconds, whatever is refused; over when everything that was sent has its answer.
 
-    A refused message is given up. Latencies count from when it was really written: what is measured is the server's
-    answer, and a client that is not let in has nothing to be late with.
+    A sender whose message was refused says it again when its next turn comes, before anything new: what comes behind it
+    in its conversation would be refused too. Latencies count from when it was really written: what is measured is the
+    server's answer, and a client that is not let in has nothing to be late with.
     """
 
     takes_refusals = True
@@ -203,6 +207,8 @@ class FloodPhase(Phase):
         self._acks: list[int] = []
         """Of each second since the start."""
         self._sending = True
+        self._again: dict[Connection, list[int]] = {}
+        """What was refused, in the order of its first sending."""
 
     def start(self) -> None:
         self._senders = [connection for connection in self.load.connections if connection.sends]
@@ -219,16 +225,32 @@ class FloodPhase(Phase):
         due = int(min(elapsed, self._seconds) * self._rate)
         senders = self._senders
         for number in range(self.messages, due):
-            sender = senders[number % len(senders)]
-            self.acks_left += 1
-            self.deliveries_left += self._others[sender]
-            sender.send_message(monotonic())
+            self._send(senders[number % len(senders)])
         self.messages = due
         self._sending = elapsed < self._seconds
-        if not self._sending:
-            self._check(monotonic())
-        elif not self.over.is_set():
+        if self._sending and not self.over.is_set():
             self.load.call_later(PACE_SECONDS, self._step)
+        else:
+            self._finish()
+
+    def _send(self, sender: Connection) -> None:
+        self.acks_left += 1
+        self.deliveries_left += self._others[sender]
+        if again := self._again.get(sender):
+            sender.send_again(again.pop(0), monotonic())
+        else:
+            sender.send_message(monotonic())
+
+    def _finish(self) -> None:
+        """Until nothing that was refused is left to say again."""
+        for sender, again in self._again.items():
+            for _ in range(len(again)):
+                self.messages += 1
+                self._send(sender)
+        if self.acks_left > 0 and not self.over.is_set():
+            self.load.call_later(AGAIN_SECONDS, self._finish)
+        else:
+            self._check(monotonic())
 
     def acked(self, connection: Connection, count: int) -> None:
         second = int(monotonic() - self.began)
@@ -240,12 +262,13 @@ class FloodPhase(Phase):
         now = monotonic()
         self._refusal.add(now - connection.reader.intended[count])
         self._untold += retry_after_ms <= 0
+        insort(self._again.setdefault(connection, []), count)
         self.acks_left -= 1
         self.deliveries_left -= self._others[connection]
         self._check(now)
 
     def _check(self, now: float) -> None:
-        if not self._sending:
+        if not self._sending and not any(self._again.values()):
             super()._check(now)
 
     def result(self) -> dict[str, Any]:

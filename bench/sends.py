@@ -1,11 +1,12 @@
 """What one simulated device has said without having been told its fate: messages, and changes of messages.
 
-Used by `client.Client`; pure state. The same key goes again until an ack or a permanent refusal settles it.
+Used by `client.Client`; pure state. The same key goes again until an ack or a permanent refusal settles it. In one
+conversation everything goes in the order in which it was first said: what waits to be said again holds back what is
+behind it.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -14,13 +15,16 @@ from protocol import frames
 from protocol.models import EventKind, MessagePayload
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from bench.client import Habits
 
 SendFrame = frames.Message | frames.MessageEdit | frames.MessageDelete | frames.MessageReaction
 
 
 class Pending(msgspec.Struct, kw_only=True):
-    """A send whose fate is not known. `due_at`: when it goes (again); `on_the_way`: it counts against the window.
+    """A send whose fate is not known. `on_the_way`: it counts against the window, and at `due_at` it goes again without
+    having had an answer; else it waits, until then at least.
 
     `change` None: a message, and `content` what it says; else what is done to `target`, and `content` the new content
     or the emoji.
@@ -44,7 +48,6 @@ class Sends:
         self.pending: dict[str, Pending] = {}
         self._device_id = device_id
         self._habits = habits
-        self._queue: deque[Pending] = deque()
         self._on_the_way = 0
         self._count = 0
         self._period = 0.0
@@ -114,7 +117,6 @@ class Sends:
             target=target,
         )
         self.pending[key] = pending
-        self._queue.append(pending)
         return key
 
     # --- coming and going --------------------------------------------------------------------------------------------
@@ -122,8 +124,11 @@ class Sends:
     def take(self, now: float) -> list[Pending]:
         """Whatever the window and the learned pace let through; it is on the way now."""
         taken = []
-        while self._queue and self._on_the_way < self._habits.window and now >= self._next_at:
-            pending = self._queue.popleft()
+        for pending in self._waiting():
+            if self._on_the_way >= self._habits.window or now < self._next_at:
+                break
+            if now < pending.due_at:
+                continue
             pending.attempts += 1
             pending.on_the_way = True
             pending.due_at = now + self._habits.retry_seconds
@@ -132,36 +137,44 @@ class Sends:
             taken.append(pending)
         return taken
 
+    def _waiting(self) -> Iterator[Pending]:
+        """Whatever nothing else has to go before, as long as what is given is taken."""
+        if self._on_the_way == len(self.pending):
+            return
+        held: set[str] = set()
+        for pending in self.pending.values():
+            if pending.on_the_way or pending.conversation_id in held:
+                continue
+            yield pending
+            if not pending.on_the_way:
+                held.add(pending.conversation_id)
+
     def requeue(self) -> None:
         """The connection is new: everything goes again."""
-        for pending in list(self.pending.values()):
-            self._put_back(pending)
+        for pending in self.pending.values():
+            self._put_back(pending, 0.0)
 
     def requeue_due(self, now: float) -> None:
         """What has waited for its answer long enough goes again."""
-        for pending in list(self.pending.values()):
+        for pending in self.pending.values():
             if pending.on_the_way and now >= pending.due_at:
-                self._put_back(pending)
+                self._put_back(pending, now)
 
-    def _put_back(self, pending: Pending) -> None:
-        if pending.on_the_way:
-            pending.on_the_way = False
-            self._on_the_way -= 1
-            self._queue.append(pending)
+    def _put_back(self, pending: Pending, due_at: float) -> None:
+        self._on_the_way -= pending.on_the_way
+        pending.on_the_way = False
+        pending.due_at = due_at
 
     def settle(self, key: str) -> Pending | None:
         """Its fate is known. None where it was known already."""
         pending = self.pending.pop(key, None)
         if pending is not None:
-            if pending.on_the_way:
-                self._on_the_way -= 1
-            elif pending in self._queue:  # an answer to an earlier try came while the next one waited
-                self._queue.remove(pending)
+            self._on_the_way -= pending.on_the_way
         return pending
 
     def postpone(self, key: str, wait: float, now: float, *, slow_down: bool) -> None:
         """The server asked for this one again later; `slow_down`: and for fewer of them."""
-        self.pending[key].due_at = now + wait
+        self._put_back(self.pending[key], now + wait)
         if slow_down:
             # One token's time, so that the bucket is met once and not once for each message behind it.
             self._period = max(self._period, min(1.0, wait * 1.1))
@@ -170,8 +183,8 @@ class Sends:
     def deadline(self) -> float:
         """When something is due to go; infinity where nothing is."""
         times = [pending.due_at for pending in self.pending.values() if pending.on_the_way]
-        if self._queue and self._on_the_way < self._habits.window:
-            times.append(self._next_at)
+        if self._on_the_way < self._habits.window:
+            times.extend(max(pending.due_at, self._next_at) for pending in self._waiting())
         return min(times, default=float("inf"))
 
     def has_any(self, conversation_id: str) -> bool:

@@ -120,6 +120,11 @@ class Reader:
         self.acked.append(0)
         return len(self.acked) - 1
 
+    def sends_again(self, count: int, intended: float) -> None:
+        """The same message as before, which was refused."""
+        self.intended[count] = intended
+        self.acked[count] = 0
+
     def ack(self, mark: int, sequence: int, message_id: str) -> int | None:
         """A `message_ack`. Returns the message's count where this is its first ack."""
         member, count = divmod(mark, COUNTS)

@@ -327,7 +327,7 @@ class Hub:
         code = self.broker.publish(record)
         if code is not None:
             self.counts.publish_failures += 1
-            connection.run(connection.session.publish_failed(record.idempotency_key, code, _RETRY_MS), now)
+            connection.run(connection.session.publish_failed(record.idempotency_key, code, _RETRY_MS, now), now)
 
     def ask(self, connection: Connection, query: records.Query, now: float) -> None:
         """Hand a query to the workers, or answer at once."""
@@ -358,7 +358,7 @@ class Hub:
         self.counts.publish_failures += 1
         target = self._connections.get(connection)
         if target is not None:
-            step = lambda now, wall_ms: target.session.publish_failed(idempotency_key, code, _RETRY_MS)  # noqa: E731
+            step = lambda now, wall_ms: target.session.publish_failed(idempotency_key, code, _RETRY_MS, now)  # noqa: E731
             self._guard(target, lambda: target.react(step, self._clock(), self.wall_ms()))
 
     def redeemed(self, connection: int, found: records.MigrationTicket | ErrorCode | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, assert_never
 
 import msgspec
 
@@ -108,3 +108,18 @@ class Close(msgspec.Struct, frozen=True, gc=False):
 Command = Send | SendEncoded | Ping | Verify | Attach | Publish | Signal | Watch | Unwatch | Acknowledge | Ask | Close
 
 PING: Final = Ping()
+
+
+def message_change(
+    frame: frames.MessageEdit | frames.MessageDelete | frames.MessageReaction,
+) -> records.Edit | records.Delete | records.React:
+    """What a frame changes, as the record of its `Publish` says it."""
+    match frame:
+        case frames.MessageEdit(payload=payload):
+            return records.Edit(payload.content)
+        case frames.MessageDelete(payload=payload):
+            return records.Delete(payload.scope is frames.DeleteScope.ALL)
+        case frames.MessageReaction(payload=payload):
+            return records.React(payload.emoji, payload.op is frames.ReactionOp.ADD)
+        case _:
+            assert_never(frame)

@@ -329,7 +329,12 @@ class ErrorPayload(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class Error(Frame, tag="error", kw_only=True, frozen=True, gc=False):
-    """Something was refused: the frame named by its key, by `in_reply_to`, or the last one."""
+    """Something was refused: the frame named by its key, by `in_reply_to`, or the last one.
+
+    A retryable refusal of a key that is no `rate_limited`: after `retry_after_ms` the same key again, and in one
+    conversation in the order of first sending. What comes behind such a key is refused likewise until that key has come
+    again, or for 5 s.
+    """
 
     payload: ErrorPayload
 

@@ -46,6 +46,12 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     open_timeout_seconds: float = 10.0
     """From a good token to the answer of a worker."""
     ack_timeout_seconds: float = 10.0
+    repeat_seconds: float = 5.0
+    """How long what was sent behind a refused message is refused too, unless it comes again: it was told to after 1 s,
+    and a phone's next round trip may take some seconds. Who gives a message up waits so long with the next."""
+    repeats: int = 128
+    """Keys of refused messages kept per connection: what `message_burst` and a few seconds of `message_rate` bring.
+    What is past it is refused as the others, and its order left to its sender."""
     ask_timeout_seconds: float = 5.0
     """A page, or where a user stands, not answered by then is asked again."""
     heartbeat_seconds: float = 30.0

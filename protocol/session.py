@@ -9,7 +9,7 @@ What a connection has been given of each conversation, and how it catches up, is
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, assert_never
+from typing import Final
 
 import msgspec
 
@@ -28,9 +28,11 @@ from protocol.commands import (
     Unwatch,
     Verify,
     Watch,
+    message_change,
 )
 from protocol.errors import AuthErrorCode, CloseCode, ErrorCode, LocalProtocolError, RemoteProtocolError
 from protocol.limits import Limits, TokenBucket, TypingBudget, check_content, check_message
+from protocol.turns import Refused, Turns
 
 _Refusal = tuple[ErrorCode, str, int | None]
 """(code, reason, retry_after_ms)"""
@@ -49,6 +51,7 @@ class Session(Backlog):
         "_rate_count",
         "_rate_since",
         "_resume",
+        "_turns",
         "_typing",
         "_typing_budget",
         "expires_at",
@@ -63,8 +66,10 @@ class Session(Backlog):
         self.session_id = ""
         self.heard_at = now
         """When the last byte came; the transport writes it."""
-        self.in_flight: dict[str, tuple[float, str]] | None = None
-        """Idempotency key → (deadline of its outcome, client_message_id)."""
+        self.in_flight: dict[str, tuple[float, str, str]] | None = None
+        """Idempotency key → (deadline of its outcome, client_message_id, conversation)."""
+        self._turns: Turns | None = None
+        """What was not taken and is to be said again before what comes behind it; None while all goes well."""
         self._ping_at = now + limits.heartbeat_seconds
         self.expires_at = float("inf")
         """When the token ends, on the clock of `now`."""
@@ -134,6 +139,8 @@ class Session(Backlog):
         refusal = self._spend(now)
         if refusal is None and (unfit := check_message(payload, self._limits)) is not None:
             refusal = (*unfit, None)
+        if refusal is None and self._turns is not None:
+            refusal = self._check_turn(payload.conversation_id, key, now)
         if refusal is not None:
             return self._refuse_send(refusal, frame.client_message_id, key, payload.conversation_id, now)
         client_message_id = frame.client_message_id or ""
@@ -141,7 +148,7 @@ class Session(Backlog):
             self._typing_budget.forget(payload.conversation_id)
         if self.in_flight is None:
             self.in_flight = {}
-        self.in_flight[key] = (now + self._limits.ack_timeout_seconds, client_message_id)
+        self.in_flight[key] = (now + self._limits.ack_timeout_seconds, client_message_id, payload.conversation_id)
         return [
             Publish(
                 records.SendMessage(
@@ -173,12 +180,14 @@ class Session(Backlog):
         if refusal is None and isinstance(change, records.Edit):
             too_bad = check_content(change.content, self._limits.max_content_bytes)
             refusal = None if too_bad is None else (*too_bad, None)
+        if refusal is None and self._turns is not None:
+            refusal = self._check_turn(payload.conversation_id, key, now)
         if refusal is not None:
             return self._refuse_send(refusal, payload.client_message_id, key, payload.conversation_id, now)
         client_message_id = payload.client_message_id or ""
         if self.in_flight is None:
             self.in_flight = {}
-        self.in_flight[key] = (now + self._limits.ack_timeout_seconds, client_message_id)
+        self.in_flight[key] = (now + self._limits.ack_timeout_seconds, client_message_id, payload.conversation_id)
         return [
             Publish(
                 records.ChangeMessage(
@@ -203,6 +212,14 @@ class Session(Backlog):
             if wait > 0.0:
                 return ErrorCode.RATE_LIMITED, "too many messages", int(wait * 1000) + 1
         return None
+
+    def _check_turn(self, conversation_id: str, key: str, now: float) -> _Refusal | None:
+        """Something in front of it was not taken: it would overtake that."""
+        refused = None if self._turns is None else self._turns.check(conversation_id, key, now)
+        self._turns = self._turns or None
+        return (
+            None if refused is None else (refused.code, "not stored: what was sent before it comes first", *refused[1:])
+        )
 
     def _refuse_send(
         self, refusal: _Refusal, client_message_id: str | None, key: str, conversation_id: str, now: float
@@ -419,23 +436,36 @@ class Session(Backlog):
 
     def outcome(self, idempotency_key: str) -> None:
         """A send was committed or refused: its place in the window is free."""
+        self._leave_window(idempotency_key)
+        if self._turns is not None:
+            self._turns.settle(idempotency_key)
+            self._turns = self._turns or None
+
+    def _leave_window(self, idempotency_key: str) -> None:
         if self.in_flight is not None:
             self.in_flight.pop(idempotency_key, None)
             if not self.in_flight:
                 self.in_flight = None
 
-    def publish_failed(self, idempotency_key: str, code: ErrorCode, retry_after_ms: int) -> list[Command]:
-        """The broker could not take this message: a retryable error for its key."""
-        pending = None if self.in_flight is None else self.in_flight.get(idempotency_key)
+    def publish_failed(self, idempotency_key: str, code: ErrorCode, retry_after_ms: int, now: float) -> list[Command]:
+        """The broker could not take this message: a retryable error for its key, and for what comes behind it in its
+        conversation before it comes again."""
+        in_flight = self.in_flight or {}
+        pending = in_flight.get(idempotency_key)
         if pending is None or self.state is State.CLOSED:
             return []
-        self.outcome(idempotency_key)
+        if self._turns is None:
+            self._turns = Turns(self._limits)
+        on_the_way = [key for key, (_, _, name) in in_flight.items() if name == pending[2]]
+        self._turns.fail(pending[2], idempotency_key, on_the_way, Refused(code, retry_after_ms), now)
+        self._leave_window(idempotency_key)
         return [
             Send.error(
                 code,
                 "not stored; send the same key again",
                 client_message_id=pending[1] or None,
                 idempotency_key=idempotency_key,
+                conversation_id=pending[2],
                 retry_after_ms=retry_after_ms,
             )
         ]
@@ -485,8 +515,11 @@ class Session(Backlog):
             self._ping_at = now + self._limits.heartbeat_seconds
             commands.append(PING)
         if self.in_flight:
-            for key in [key for key, (deadline, _) in self.in_flight.items() if now >= deadline]:
-                commands.extend(self.publish_failed(key, ErrorCode.STORAGE_UNAVAILABLE, 1000))
+            for key in [key for key, (deadline, *_) in self.in_flight.items() if now >= deadline]:
+                commands.extend(self.publish_failed(key, ErrorCode.STORAGE_UNAVAILABLE, 1000, now))
+        if self._turns is not None:
+            self._turns.forget(now)
+            self._turns = self._turns or None
         if self._asking is not None and now - self._asked_at >= self._limits.ask_timeout_seconds:
             self._asking = None
         if self._sync is not None and not self._sync.answered and now >= self._deadline:
@@ -525,21 +558,6 @@ class Session(Backlog):
             return []
         self._enter(State.CLOSED)
         return [Close(code)]
-
-
-def message_change(
-    frame: frames.MessageEdit | frames.MessageDelete | frames.MessageReaction,
-) -> records.Edit | records.Delete | records.React:
-    """What a frame changes, as the record says it."""
-    match frame:
-        case frames.MessageEdit(payload=payload):
-            return records.Edit(payload.content)
-        case frames.MessageDelete(payload=payload):
-            return records.Delete(payload.scope is frames.DeleteScope.ALL)
-        case frames.MessageReaction(payload=payload):
-            return records.React(payload.emoji, payload.op is frames.ReactionOp.ADD)
-        case _:
-            assert_never(frame)
 
 
 _Handler = Callable[..., list[Command]]

@@ -183,16 +183,14 @@ def _is_excused(found: Violation, faults: set[str]) -> bool:
 
     Two owners of a shard tell receipts from two memories: for as long as that lasts, what one told may be behind what
     the other did; what is stored only goes forward. And a Redis that loses entries loses them without an error: a
-    message comes into the log with its retry, behind those that were sent after it. So it does where the gateway's line
-    to Redis breaks and the sender hears of it after sending more: the gateway refuses what was outstanding, not what
-    comes behind it (reliability.md section 10.2, G2, is kept for one line to Redis only).
+    message comes into the log with its retry, behind those that were sent after it.
     """
     if found.invariant == "I9" and found.statement == "marks went back":
         return not faults.isdisjoint(TWO_OWNERS)
     if found.statement == "a retransmit was answered late":
         return True  # a message may be under way for most of a second here, and there are six
     if found.invariant == "I7" and found.statement.startswith("sent later"):
-        return not faults.isdisjoint(LOSSES | {"lost_commands", "stall_valkey"})
+        return not faults.isdisjoint(LOSSES)
     return False
 
 

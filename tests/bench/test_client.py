@@ -104,6 +104,28 @@ def test_a_retryable_error_is_tried_again_when_the_server_said_so(play: Play) ->
     assert keys(play.pass_time(0.2)) == [key]
 
 
+def test_i7_what_waits_to_be_said_again_holds_back_what_is_behind_it_and_nothing_else(play: Play) -> None:
+    (first,) = keys(play.send())
+    (second,) = keys(play.send())
+    for key in (second, first):
+        play.give(frames.error_frame(ErrorCode.OVERLOADED, "later", idempotency_key=key, retry_after_ms=500))
+    assert play.send("third") == []
+    play.pass_time(0.2)
+    play.give(frames.error_frame(ErrorCode.OVERLOADED, "later still", idempotency_key=first, retry_after_ms=500))
+    assert keys(play.pass_time(0.4)) == []
+    _, elsewhere = play.client.send("conv_other", "hello", now=play.now, wall_ms=0)
+    assert len(keys(elsewhere)) == 1
+    again = keys(play.pass_time(0.2))
+    assert again[:2] == [first, second]
+    assert len(again) == 3
+
+
+def test_a_new_connection_hears_what_was_not_sent_yet_behind_what_was(play: Play) -> None:
+    sent = [key for number in range(40) for key in keys(play.send(str(number)))]
+    play.client.closed(1006, play.now)
+    assert keys(play.go_live()) == sent
+
+
 def test_a_final_error_settles_the_send(play: Play) -> None:
     (key,) = keys(play.send())
     play.give(frames.error_frame(ErrorCode.FORBIDDEN, "no", idempotency_key=key, conversation_id=CONVERSATION))

@@ -396,9 +396,9 @@ async def test_redis_away_keeps_connections_and_everything_resumes(behind_proxy:
             assert await close_code(late) == 4503
         proxy.refusing = False
         await eventually(lambda: not running.gateway.missing(), 5)
-        await websocket.send_message(json.dumps(message("k2")))
-        assert (await running.published("conv_1")).idempotency_key == "k2"
-        await running.down(records.Outcome(number, "k2", b'{"type":"message_ack"}'))
+        await websocket.send_message(json.dumps(message("k1")))
+        assert (await running.published("conv_1")).idempotency_key == "k1"
+        await running.down(records.Outcome(number, "k1", b'{"type":"message_ack"}'))
         assert await receive_types(websocket, 1) == ["message_ack"]
 
 
@@ -412,6 +412,32 @@ async def test_a_message_that_meets_a_silent_redis_is_answered_within_two_second
         await websocket.send_message(json.dumps(message("k1")))
         assert (await receive(websocket))["payload"]["code"] == "storage_unavailable"
         assert trio.current_time() - began <= 2.2
+
+
+async def test_i7_what_is_sent_once_the_line_stands_again_does_not_overtake_what_was_refused(
+    behind_proxy: Running, proxy: Proxy
+) -> None:
+    running = behind_proxy
+    async with running.client() as websocket:
+        await running.open(websocket)
+        proxy.silent = True
+        for key in ("k1", "k2"):
+            await websocket.send_message(json.dumps(message(key)))
+        refused = [(await receive(websocket))["payload"]["idempotency_key"] for _ in range(2)]
+        proxy.silent = False
+        await eventually(lambda: not running.gateway.missing(), 5)
+        for key in ("k3", "k1", "k2", "k3"):
+            await websocket.send_message(json.dumps(message(key)))
+        refused.append((await receive(websocket))["payload"]["idempotency_key"])
+        assert refused == ["k1", "k2", "k3"]
+        # Redis took the first two, and its answer was lost: their retries become the same documents.
+        await eventually(lambda: has_taken(running, ["k1", "k2", "k1", "k2", "k3"]), 5)
+
+
+async def has_taken(running: Running, expected: list[str]) -> bool:
+    """Do these keys lie in the shard of `conv_1`, in this order?"""
+    entries = await running.redis.call("XRANGE", keys.ingest(keys.shard_of("conv_1", 64)), "-", "+")
+    return [codec.decode_ingest(entry[1][1]).idempotency_key for entry in entries] == expected
 
 
 @pytest.mark.slow

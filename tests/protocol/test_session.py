@@ -304,11 +304,11 @@ def test_rate_refusals_are_forgotten_after_a_minute() -> None:
 def test_a_failed_publish_is_a_retryable_error_for_its_key() -> None:
     session = live_session()
     session.receive(message("k1"), 1.0, WALL_MS)
-    (command,) = session.publish_failed("k1", ErrorCode.STORAGE_UNAVAILABLE, 1000)
+    (command,) = session.publish_failed("k1", ErrorCode.STORAGE_UNAVAILABLE, 1000, 1.0)
     payload = error_of(command)
     assert (payload.code, payload.retryable, payload.retry_after_ms) == (ErrorCode.STORAGE_UNAVAILABLE, True, 1000)
     assert (payload.client_message_id, payload.idempotency_key) == ("c1", "k1")
-    assert session.publish_failed("k1", ErrorCode.STORAGE_UNAVAILABLE, 1000) == []
+    assert session.publish_failed("k1", ErrorCode.STORAGE_UNAVAILABLE, 1000, 1.0) == []
 
 
 def test_a_message_without_an_outcome_after_ten_seconds_is_reported_and_leaves_the_window() -> None:

@@ -93,7 +93,7 @@ def test_an_edit_to_what_no_message_may_hold_is_refused(content: str, code: Erro
 def test_a_change_that_could_not_be_published_is_a_retryable_error_for_its_key() -> None:
     session = live_session()
     session.receive(delete("d1"), 1.0, WALL_MS)
-    (error,) = session.publish_failed("d1", ErrorCode.STORAGE_UNAVAILABLE, 500)
+    (error,) = session.publish_failed("d1", ErrorCode.STORAGE_UNAVAILABLE, 500, 1.0)
     assert (error_of(error).idempotency_key, error_of(error).retryable) == ("d1", True)
     assert session.in_flight is None
 
