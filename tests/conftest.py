@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import count
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pymongo
@@ -11,31 +10,36 @@ import pytest
 import redis
 
 from bench.services import Services, run_services
+from tests import machine
+from tests.schedule import Schedule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
-SUITE_PROCESSES = 3
-"""The suite waits more than it works: 453 s in one process, 183 s in three on two cores."""
-
-HERE = Path(__file__).parent
-HOUSES = ("system", "hostile")
-"""Packages of tests that each run one whole system for all of theirs."""
+    from xdist.remote import Producer
 
 _databases = count(1)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    machine.keep_data_in_memory()
+    machine.compile_once(config)
+
+
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Several processes, each with servers of its own, for the whole suite; none for a part that somebody names."""
-    return 0 if config.args_source is pytest.Config.ArgsSource.ARGS else SUITE_PROCESSES
+    return 0 if config.args_source is pytest.Config.ArgsSource.ARGS else machine.SUITE_PROCESSES
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share a running system share a process: one system each, not one per process."""
-    for item in items:
-        for package in HOUSES:
-            if item.path.is_relative_to(HERE / package):
-                item.add_marker(pytest.mark.xdist_group(package))
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Schedule:
+    return Schedule(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In a run of several processes what takes long begins first: what is short fills them to the end."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(scope="session")
@@ -55,15 +59,20 @@ def redis_url(services: Services) -> str:
     return services.redis_url
 
 
+@pytest.fixture(scope="session")
+def mongodb_server(services: Services) -> Iterator[pymongo.MongoClient[dict[str, Any]]]:
+    """A client of the run's mongod: one, because its handshakes take longer than what is asked of it."""
+    with pymongo.MongoClient[dict[str, Any]](services.mongodb_url) as client:
+        yield client
+
+
 @pytest.fixture
-def mongodb_url(services: Services) -> str:
+def mongodb_url(services: Services, mongodb_server: pymongo.MongoClient[dict[str, Any]]) -> str:
     """The URL of an empty database. Emptied rather than dropped: its indexes take half a second to make."""
-    server = services.mongodb_url.rsplit("/", 1)[0]
-    with pymongo.MongoClient[dict[str, Any]](server) as client:
-        database = client["test"]
-        for name in database.list_collection_names():
-            database[name].delete_many({})
-    return f"{server}/test"
+    database = mongodb_server["test"]
+    for name in database.list_collection_names():
+        database[name].delete_many({})
+    return services.mongodb_url.rsplit("/", 1)[0] + "/test"
 
 
 @pytest.fixture
