@@ -365,10 +365,17 @@ class Broker:
 
     async def free_leases(self, shards: Sequence[int]) -> list[int]:
         """Which of these shards nobody holds."""
+        return [shard for shard, owner in await self._owners(shards) if owner is None]
+
+    async def foreign_leases(self, worker_id: str, shards: Sequence[int]) -> list[int]:
+        """Which of these shards somebody else holds."""
+        mine = (None, worker_id.encode())
+        return [shard for shard, owner in await self._owners(shards) if owner not in mine]
+
+    async def _owners(self, shards: Sequence[int]) -> list[tuple[int, bytes | None]]:
         if not shards:
             return []
-        owners = await self._run("MGET", *[keys.lease(shard) for shard in shards])
-        return [shard for shard, owner in zip(shards, owners, strict=True) if owner is None]
+        return list(zip(shards, await self._run("MGET", *map(keys.lease, shards)), strict=True))
 
     async def release_leases(self, worker_id: str, shards: Sequence[int]) -> None:
         """Give up what is still this worker's."""

@@ -523,6 +523,8 @@ class Lane:
             await self._typists.tell(down, _now_ms())
             await self._receipts.resolve()
             await self._receipts.flush(lazy=False)
+            # The script tells all or nothing: of what is known to be another's, it is not even asked.
+            self._receipts.leave(await self._broker.foreign_leases(self._worker_id, self._receipts.shards))
             fence = Fence(self._worker_id, self._receipts.shards)
             await self._receipts.tell(down, _now_ms())
         except BaseException:

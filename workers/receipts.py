@@ -17,7 +17,7 @@ from protocol.watermarks import unread
 from workers import group_receipts, metrics
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     from workers.conversations import Conversations, Member, Owned
     from workers.delivery import Courier, Down
@@ -182,6 +182,14 @@ class Receipts:
         await self._conversations.load(shard_of)
         for message_id, at in located.items():
             self.recent.put(message_id, Place(at.conversation_id, at.sequence_number, at.countable, at.replyable))
+
+    def leave(self, shards: Collection[int]) -> None:
+        """Somebody else owns these and tells what is to be told of them."""
+        replied = self._conversations.replied
+        for key in [*self._moved, *replied]:
+            if keys.shard_of(key[0], self._shards) in shards:
+                self._moved.pop(key, None)
+                replied.discard(key)
 
     async def tell(self, down: Down, now_ms: int) -> None:
         """Add `receipt_update` frames for the authors concerned, and badges for the reader's other devices. Raises

@@ -61,6 +61,26 @@ async def test_receipts_of_an_owner_that_was_cut_off_do_not_take_back_what_the_n
     assert (users, update.delivered_through, update.read_through) == (["ann"], 1, 1)
 
 
+async def test_a_shard_that_another_owns_costs_the_others_no_receipt(yard: Yard) -> None:
+    """All that was told in one tick was lost with it."""
+    await yard.connect("ann", "bob", "cat", "dan", "eve")
+    async with run_lane(yard):
+        taken = await yard.create("ann", "bob")
+        kept = [await yard.create("ann", other) for other in ("cat", "dan", "eve")]
+        home = keys.shard_of(taken, SHARDS)
+        conv = next(name for name in kept if keys.shard_of(name, SHARDS) != home)
+        reader = ("cat", "dan", "eve")[kept.index(conv)]
+        await yard.send(taken, "ann", "k1")
+        await yard.send(conv, "ann", "k2")
+        first, second = await yard.acks(2)
+        await yard.broker.client.set(keys.lease(home), "somebody else")
+        for ack in (first, second):
+            for user_id in ("bob", reader):
+                await yard.delivered(ack["payload"]["message_id"], user_id)
+        ((users, update),) = await receipts(yard, 1)
+    assert (users, update.conversation_id, update.delivered_through) == (["ann"], conv, 1)
+
+
 async def test_marks_that_are_being_flushed_while_their_conversation_is_read_again_are_not_forgotten(
     yard: Yard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
