@@ -174,6 +174,11 @@ def new_message_id(now_ms: int, entropy: int, shard: int) -> str:
 MESSAGE_ID_LENGTH = 4 + 11 + 12 + 3
 
 
+def made_at_ms(message_id: str) -> int:
+    """The time written in a message id of ours, epoch milliseconds."""
+    return int(message_id[4:15], 16)
+
+
 def shard_of_message(message_id: str, shards: int) -> int | None:
     """The shard written in a message id, or None when it is no id of ours."""
     if len(message_id) != MESSAGE_ID_LENGTH or not message_id.startswith("msg_"):

@@ -69,7 +69,8 @@ HEADS_SECONDS: Final = 1.0
 """What the log can rebuild is flushed within 1 s; `idempotency_keys` every tick, since in one write a second they would
 hold up a commit for 50 ms at 4,000 msg/s."""
 REPAIR_MS: Final = 20_000
-"""How far back a new owner looks for heads that the previous one did not flush: its lease (5 s), the flush and more."""
+"""How far back a new owner looks for heads that the previous one did not flush: its lease (5 s), the flush and more.
+What was written last is looked at however old it is (`store.heads.unflushed`)."""
 LONGEST_BACKOFF_SECONDS: Final = 2.0
 
 log = structlog.get_logger()

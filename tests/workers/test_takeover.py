@@ -10,6 +10,7 @@ import pytest
 from protocol import keys, records
 from tests.workers.lanes import SHARDS, crashing_lane, eventually, run_lane, settled
 from tests.workers.seeding import membership
+from workers import consumer
 
 if TYPE_CHECKING:
     from tests.workers.lanes import Yard
@@ -81,11 +82,13 @@ async def test_messages_keep_their_order_when_a_shard_goes_and_comes_back_during
         assert await keys_in_order(yard, conversation_id) == ["first", "second"]
 
 
+@pytest.mark.parametrize("looks_back_ms", [20_000, 100], ids=["soon", "after an outage of all workers"])
 async def test_the_end_of_a_log_is_known_though_its_owner_died_between_acknowledging_and_flushing_it(
-    yard: Yard, monkeypatch: pytest.MonkeyPatch
+    yard: Yard, monkeypatch: pytest.MonkeyPatch, looks_back_ms: int
 ) -> None:
     """A push that was lost then stayed lost: the gateways' sweep never heard of the last messages, until somebody spoke
-    there again. Simulator, seed 430."""
+    there again. Simulator, seed 430; and for ever where all workers were away for longer than one looks back (F-W4)."""
+    monkeypatch.setattr(consumer, "REPAIR_MS", looks_back_ms)
     async with run_lane(yard):
         conv = await yard.create("ann", "ben")
         await yard.said(conv, "ben", "k1")
@@ -112,6 +115,7 @@ async def test_the_end_of_a_log_is_known_though_its_owner_died_between_acknowled
         return await flushed() == 3
 
     assert await flushed() == 1
+    await anyio.sleep(0.3)  # more than the shorter one looks back
     async with run_lane(yard):
         await eventually(is_known)
         assert (await membership(yard.store, conv, "ann")).read_seq == 3

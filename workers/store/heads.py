@@ -30,6 +30,8 @@ Document = dict[str, Any]
 
 _CLAUSES: Final = 200
 """Conversations per own-tail query. Only those written to within the last second (the flush lag) need one."""
+_UNFLUSHED_MS: Final = 5_000
+"""Longer than a head waits for its flush: 1 s, and a commit before it."""
 _LIVE: Final[Document] = {"$exists": False}
 ENDED_TOLD: Final = timedelta(days=30)
 """How long a device that was away hears of a stay that ended meanwhile, without asking. Who names the conversation with
@@ -189,6 +191,9 @@ class HeadReader:
     async def unflushed(self, shards: Iterable[int], since_ms: int) -> list[HeadMark]:
         """Where the logs of these shards end that were written to since then, and `sequence_numbers` does not say it.
         Raises StoreUnavailable.
+
+        In an outage of all workers nothing was written since then, however long it was: what was before it is looked at
+        too.
         """
         fields = {
             "conversation_id": 1,
@@ -200,6 +205,10 @@ class HeadReader:
         }
         heads: dict[str, HeadMark] = {}
         with store_errors():
+            older = {"_id": {"$gte": "msg_", "$lt": keys.new_message_id(since_ms, 0, 0)}}
+            newest = await self._messages.find_one(older, {"_id": 1}, sort=[("_id", -1)])
+            if newest is not None:
+                since_ms = keys.made_at_ms(newest["_id"]) - _UNFLUSHED_MS
             async for document in self._messages.find(written_since(shards, since_ms), fields):
                 name = document["conversation_id"]
                 heads[name] = _newer(heads.get(name), document)
