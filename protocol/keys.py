@@ -56,8 +56,8 @@ def ingest(shard: int) -> str:
 
 
 def trials(shard: int) -> str:
-    """hash entry id → how often the owner has tried this entry alone and not come back; a day. Empty but for entries
-    whose readers died."""
+    """hash entry id → weight of the deaths of owners who tried this entry alone; a day. Empty but for entries whose
+    readers died."""
     return f"trials:{shard}"
 
 

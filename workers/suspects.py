@@ -5,13 +5,17 @@ Called by `takeover.py`. Raises what `Broker` raises.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from protocol import keys
 from workers.broker import StreamEntry, unusual_entry
 
 if TYPE_CHECKING:
     from workers.broker import Broker
+
+
+PROOF: Final = 3
+"""What a death at once weighs: it proves that the entry kills. One later in a trial weighs 1."""
 
 
 class Delivered(NamedTuple):
@@ -41,11 +45,15 @@ class Suspects:
 
     async def begin_trial(self, shard: int, entry_id: bytes) -> None:
         """An entry whose readers died is tried alone; `end_trial` says that this time nobody did."""
-        await self._broker.command("HINCRBY", keys.trials(shard), entry_id, 1)
+        await self._broker.command("HINCRBY", keys.trials(shard), entry_id, PROOF)
         await self._broker.command("EXPIRE", keys.trials(shard), keys.TRIALS_TTL_SECONDS)
 
-    async def trials(self, shard: int, entry_id: bytes) -> int:
-        """How often this entry was tried alone by somebody who never came back."""
+    async def doubt_trial(self, shard: int, entry_id: bytes) -> None:
+        """The trial goes on for so long that a death by now may have another cause."""
+        await self._broker.command("HINCRBY", keys.trials(shard), entry_id, 1 - PROOF)
+
+    async def weight(self, shard: int, entry_id: bytes) -> int:
+        """Of the deaths of those who tried this entry alone; buried from `PROOF` on."""
         return int(await self._broker.command("HGET", keys.trials(shard), entry_id) or 0)
 
     async def end_trial(self, shard: int, entry_id: bytes) -> None:

@@ -1,13 +1,16 @@
 """What a shard's previous owner read and never acknowledged: read first, in order, and poison found among it.
 
-Called by a lane's reader. An entry that was handed out three times is a suspect: from then on it is tried alone, so
-that no other is suspected with it; one that two owners did not survive then is buried unread (reliability.md section
-10.5, F-W6). A delivery count alone proves nothing: it grows in every outage in which shards change hands. So a trial is
-written down before it begins and taken back by whoever survives it.
+Called by a lane's reader. An entry that was handed out twice without an outcome is a suspect: from then on it is tried
+alone, so that no other is suspected with it. A delivery count alone proves nothing: it grows in every outage in which
+shards change hands. So a trial is written down before it begins and taken back by whoever survives it. Whoever dies at
+once proves the entry to be poison, and it is buried unread three leases after it was first read (reliability.md F-W6);
+who dies later may have died of what kept the trial waiting, so that takes three deaths, at the fifth delivery (section
+10.5).
 """
 
 from __future__ import annotations
 
+import math
 import time
 from enum import Enum
 from typing import TYPE_CHECKING, Final, Protocol
@@ -16,7 +19,8 @@ import anyio
 import structlog
 
 from protocol.models import DLQErrorType
-from workers.suspects import Suspects
+from workers.broker import BrokerUnavailable, GroupMissing
+from workers.suspects import PROOF, Suspects
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -26,11 +30,9 @@ if TYPE_CHECKING:
     from workers.delivery import Down
     from workers.suspects import Delivered
 
-SUSPECT_DELIVERIES: Final = 3
-POISON_DELIVERIES: Final = 5
-"""Reliability.md section 10.5."""
-POISON_TRIALS: Final = 2
-"""So often tried alone by owners who died of it."""
+SUSPECT_DELIVERIES: Final = 2
+AT_ONCE_SECONDS: Final = 2.0
+"""A trial takes a commit, a few milliseconds. One that goes on for longer waits for the store or for Redis."""
 LOOK_SECONDS: Final = 0.5
 STALE_SECONDS: Final = 3.0
 """What was read so long ago and is not in hand came to a read that was under way when its shard moved here, or to a
@@ -84,9 +86,12 @@ class TakeOver:
         self._host = host
         self._trial = trial
         self._batch = batch
+        self._survived: dict[int, set[bytes]] = {}
+        """Shard → entries whose trial this process lived through while Redis did not answer: still to be taken back."""
 
     async def read(self, shard: int) -> None:
         """All that is pending of a shard and not in hand. Raises BrokerUnavailable, GroupMissing."""
+        await self._take_back()
         after = b"0"
         while self._is_ours(shard):
             await self._host.wait_for_room()
@@ -101,6 +106,7 @@ class TakeOver:
     async def strangers(self, shards: Sequence[int]) -> list[int]:
         """Those of these shards that have pending entries nobody has in hand, among the first of them. Raises
         BrokerUnavailable, GroupMissing."""
+        await self._take_back()
         found = []
         for shard in shards:
             stale = await self._suspects.pending(shard, b"0", self._batch, int(STALE_SECONDS * 1000))
@@ -130,24 +136,38 @@ class TakeOver:
     async def _try_alone(self, shard: int, after: bytes, suspect: Delivered) -> None:
         async with self._trial:
             entry_id = suspect.entry_id
-            trials = await self._suspects.trials(shard, entry_id)
-            if suspect.times >= POISON_DELIVERIES and trials >= POISON_TRIALS:
+            if await self._suspects.weight(shard, entry_id) >= PROOF:
                 await self._bury(shard, suspect)
                 return
             log.warning("entry_tried_alone", shard=shard, entry=entry_id.decode(), deliveries=suspect.times)
-            await self._suspects.begin_trial(shard, entry_id)
             try:
+                await self._suspects.begin_trial(shard, entry_id)
                 await self._host.take(await self._broker.read_pending(shard, after, 1), redelivered=True)
                 await self._wait_for_outcome(shard, entry_id)
                 await self._suspects.end_trial(shard, entry_id)
+            except (BrokerUnavailable, GroupMissing):
+                self._survived.setdefault(shard, set()).add(entry_id)
+                raise
             except anyio.get_cancelled_exc_class():
                 if self._host.is_stopping:
                     with anyio.CancelScope(shield=True), anyio.move_on_after(1):
                         await self._suspects.end_trial(shard, entry_id)
                 raise
 
+    async def _take_back(self) -> None:
+        """Trials that Redis could not be told the end of, of shards that are another's by now too."""
+        while self._survived:
+            shard, entry_ids = next(iter(self._survived.items()))
+            for entry_id in entry_ids:
+                await self._suspects.end_trial(shard, entry_id)
+            del self._survived[shard]
+
     async def _wait_for_outcome(self, shard: int, entry_id: bytes) -> None:
+        doubted_at = anyio.current_time() + AT_ONCE_SECONDS
         while (stage := self._host.stage(shard, entry_id)) in (Stage.IN_HAND, Stage.DONE):
+            if anyio.current_time() >= doubted_at:
+                await self._suspects.doubt_trial(shard, entry_id)
+                doubted_at = math.inf
             if stage is Stage.DONE:
                 await self._host.publish_and_settle({}, {})
             self.settled = anyio.Event()

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
 
-from protocol import codec, keys, records
+from protocol import codec, records
 from protocol.models import ConversationType, DLQErrorType, DLQStatus
-from tests.workers.lanes import SHARDS, crashing_lane, eventually, lose_its_lease, run_lane, settled
+from tests.workers.lanes import eventually, run_lane, settled
 from tests.workers.letters import POISON, letters, postpone, refusing
 from workers import replay, retry
 from workers.broker import BrokerUnavailable
 from workers.dead_letters import dead_letter_id, retry_at
-from workers.store.messages import OutcomeUnknown
-from workers.suspects import Suspects
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -327,122 +325,6 @@ async def test_a_letter_that_redis_does_not_take_is_given_back_and_counts_no_try
         await replay.replay(yard.store, yard.broker, dead_letter_id(conv, "ann", "k1"), now())
     found = await letter(yard)
     assert (found["status"], found["retry_count"], found["last_retry_at"]) == ("pending", 0, None)
-
-
-async def test_no_outage_of_the_store_makes_a_dead_letter(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither a long one, nor one in which the shard changes owners again and again."""
-
-    async def away(_: object) -> None:
-        raise OutcomeUnknown("nobody answers")
-
-    async with run_lane(yard):
-        conv = await yard.create("ann", "bob")
-        await yard.next_down(records.CommandOutcome, 1)
-    async with AsyncExitStack() as owners:
-        with monkeypatch.context() as patched:
-            patched.setattr(yard.store.messages, "append", away)
-            await yard.send(conv, "ann", "k1")
-            shard = keys.shard_of(conv, SHARDS)
-            for number in range(1, 8):
-                owner = await owners.enter_async_context(run_lane(yard))
-
-                async def has_read_it(times: int = number) -> bool:
-                    return any(found.times >= times for found in await Suspects(yard.broker).pending(shard, b"0", 10))
-
-                await eventually(has_read_it, 10)
-                await lose_its_lease(owner)
-        async with run_lane(yard):
-            (ack,) = await yard.acks(1)
-    assert ack["payload"]["sequence_number"] == 1
-    assert await letters(yard.store) == []
-    assert await yard.broker.client.keys("trials:*") == []
-
-
-class Dead(Exception):
-    """What no part of a lane catches: its process ends."""
-
-
-async def die(yard: Yard) -> None:
-    """A lane that works until it dies."""
-    died = False
-    try:
-        async with crashing_lane(yard):
-            await anyio.sleep(10)
-    except* Dead:
-        died = True
-    assert died
-
-
-async def test_an_entry_that_kills_its_readers_is_tried_alone_then_buried_unread_and_the_rest_goes_on_in_order(
-    yard: Yard, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """F-W6. The system test does it with processes; here a dying lane is one that is cut off."""
-    async with run_lane(yard):
-        conv = await yard.create("ann", "bob")
-        await yard.next_down(records.CommandOutcome, 1)
-    decode = codec.decode_ingest
-    deaths = 0
-
-    def deadly(data: bytes) -> Any:
-        nonlocal deaths
-        if POISON.encode() in data:
-            deaths += 1
-            raise Dead
-        return decode(data)
-
-    for number in range(6):
-        await yard.send(conv, "ann", f"k{number}", POISON if number == 2 else str(number))
-    with monkeypatch.context() as patched:
-        patched.setattr(codec, "decode_ingest", deadly)
-        for _ in range(5):
-            await die(yard)
-        assert deaths == 5
-        # Who buries it reads it once more when it is out of the stream, and dies of that too.
-        await die(yard)
-        found = await letter(yard)
-        assert found["raw"]
-        assert "conversation_id" not in found
-        async with run_lane(yard):
-            acks = await yard.acks(5)
-            await eventually(lambda: settled(yard))
-    assert [message["content"] for message in await yard.log(conv)] == ["0", "1", "3", "4", "5"]
-    assert [ack["payload"]["sequence_number"] for ack in acks] == [1, 2, 3, 4, 5]
-    assert await yard.broker.client.keys("trials:*") == []
-    async with run_lane(yard):
-        await replay.replay(yard.store, yard.broker, found["_id"], now())
-        (ack,) = await yard.acks(1)
-        await eventually(lambda: has_status(yard, DLQStatus.RESOLVED))
-    assert ack["payload"]["sequence_number"] == 6
-
-
-async def test_a_retry_of_what_killed_its_readers_is_held_back_once_it_is_known_whose_it_was(yard: Yard) -> None:
-    async with run_lane(yard) as lane:
-        assert lane is not None
-        conv = await yard.create("ann", "bob")
-        await yard.next_down(records.CommandOutcome, 1)
-    shard = keys.shard_of(conv, SHARDS)
-    await yard.send(conv, "ann", "k1")
-    for _ in range(5):
-        # Five owners that read it and were never heard of again.
-        (entry,) = await yard.broker.read_ingest([shard], 10, 100) or await yard.broker.read_pending(shard, b"0", 10)
-    await Suspects(yard.broker).begin_trial(shard, entry.entry_id)
-    await Suspects(yard.broker).begin_trial(shard, entry.entry_id)
-    async with run_lane(yard):
-        (queued,) = await yard.acks(1)
-        await yard.send(conv, "ann", "k1")
-        (again,) = await yard.acks(1)
-        await eventually(lambda: settled(yard))
-        found = await letter(yard)
-        assert (found["_id"], found["status"], found["next_retry_at"]) == (
-            dead_letter_id(conv, "ann", "k1"),
-            "pending",
-            None,
-        )
-        assert found["message"]["content"] == "hello"
-        await replay.replay(yard.store, yard.broker, found["_id"], now())
-        (ack,) = await yard.acks(1)
-    assert [queued["payload"]["code"], again["payload"]["code"]] == ["queued_for_retry"] * 2
-    assert ack["payload"]["sequence_number"] == 1
 
 
 async def test_what_cannot_be_read_waits_for_a_person_and_is_read_again_when_it_is_replayed(
