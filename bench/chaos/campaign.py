@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 from bench import figures
 from bench.accounts import SetupError, create_community
 from bench.chaos.crowd import Enter, Pace, Settle, Talk
-from bench.chaos.faults import absent, chosen
+from bench.chaos.faults import FAULTS, absent, chosen
 from bench.chaos.nemesis import GIVE_UP_SECONDS, Episode, Nemesis, chapters, schedule
 from bench.chaos.report import Chapter, summary, write_html
 from bench.chaos.rig import Rig, open_rig, phone_urls
@@ -113,8 +113,7 @@ class Campaign:
     def run(self) -> None:
         """All chapters. Raises DriverError, SetupError."""
         args = self._args
-        rows = {row for row in args.only.split(",") if row}
-        faults = [fault for fault in chosen(self._rig) if not rows or fault.row in rows]
+        faults = self._faults()
         for part in chapters(schedule(faults, args.faults, args.seed), CHAPTER_FAULTS):
             if self._minutes() >= args.minutes:
                 break
@@ -122,6 +121,19 @@ class Campaign:
         while self._stored() < args.messages and self._minutes() < args.minutes:
             self._play([])
         self._seconds = time.monotonic() - self._began
+
+    def _faults(self) -> list[faults.Fault]:
+        """Those that are asked for and possible here. Raises StackError where none is, or a row is none."""
+        rows = {row for row in self._args.only.split(",") if row}
+        if unknown := rows - {fault.row for fault in FAULTS}:
+            raise StackError(f"no such rows: {', '.join(sorted(unknown))}")
+        reasons = {row: reason for row, reason in absent(self._rig).items() if not rows or row in rows}
+        for row, reason in reasons.items():
+            print(f"{row} is not run: {reason}", flush=True)
+        found = [fault for fault in chosen(self._rig) if not rows or fault.row in rows]
+        if not found:
+            raise StackError(f"nothing to run: {'; '.join(f'{row}: {reason}' for row, reason in reasons.items())}")
+        return found
 
     def _minutes(self) -> float:
         return (time.monotonic() - self._began) / 60
@@ -132,7 +144,7 @@ class Campaign:
     def _play(self, planned: list[faults.Fault]) -> None:
         """One chapter: a crowd, its faults, its end."""
         rig, args, number = self._rig, self._args, len(self.chapters) + 1
-        talks = self._make_talks()
+        talks = rig.talks = self._make_talks()
         rig.samples, rig.acked = [], 0
         with open_driver("bench.chaos.crowd") as crowd:
             rest_url, token = rig.stack.rest_url, rig.stack.admin_token

@@ -1,6 +1,7 @@
-"""Small disks that can be full: ext4 in a file, mounted where nobody else sees it, under the data of two members.
+"""Small disks that can be full: ext4 in a file, mounted where nobody else sees it, under the data of two members and of
+Valkey.
 
-Needs root and a kernel that allows the mount; otherwise there are none, and the row F-M6 is not run.
+Needs root and a kernel that allows the mount; otherwise there are none, and the rows F-M6 and F-R9 are not run.
 """
 
 from __future__ import annotations

@@ -19,7 +19,20 @@ import msgspec
 
 from bench.chaos.links import Weather
 from bench.chaos.replica_set import ELECTION_MS
+from bench.chaos.retention import expire_logs
 from bench.chaos.rig import DRIVER_NAME
+from bench.chaos.valkey_faults import (
+    cut_off_from_valkey,
+    empty_valkey,
+    end_valkey_by_its_disk,
+    fail_over,
+    fill_valkey,
+    fill_valkey_disk,
+    flush_valkey,
+    freeze_valkey,
+    kill_valkey,
+    trim_ingest,
+)
 from bench.services import HOST, spawn
 from protocol import keys
 
@@ -174,84 +187,6 @@ def kill_both_gateways(rig: Rig, rng: random.Random) -> str:
     rig.sleep(rng.uniform(0.2, 1.0))
     rig.start(*gateways)
     return "both gateways"
-
-
-# --- Valkey ----------------------------------------------------------------------------------------------------------
-
-
-def kill_valkey(rig: Rig, rng: random.Random) -> str:
-    """F-R1: it comes back with its append-only file, up to a second short."""
-    rig.valkey.kill()
-    rig.sleep(3.0)
-    rig.valkey.start_ready()
-    return "back after 3 s"
-
-
-def empty_valkey(rig: Rig, rng: random.Random) -> str:
-    """F-R2."""
-    rig.valkey.kill()
-    rig.valkey.forget()
-    rig.sleep(rng.uniform(0.5, 3.0))
-    rig.valkey.start_ready()
-    return "back empty"
-
-
-def flush_valkey(rig: Rig, rng: random.Random) -> str:
-    """F-R3."""
-    with rig.redis() as client:
-        client.flushall()
-    return "FLUSHALL"
-
-
-def freeze_valkey(rig: Rig, rng: random.Random) -> str:
-    """F-R4."""
-    seconds = rng.uniform(3.0, 10.0)
-    rig.valkey.pause()
-    rig.sleep(seconds)
-    rig.valkey.resume()
-    return f"for {seconds:.1f} s"
-
-
-def cut_off_from_valkey(rig: Rig, rng: random.Random) -> str:
-    """F-R6: one gateway or worker, cut (resets), silent both ways, or one way."""
-    name = rng.choice([*rig.links.named("gateway"), *rig.links.named("worker")])
-    how, weather = rng.choice(
-        (
-            ("cut", Weather(link=name, refuses=True)),
-            ("silent", Weather(link=name, up=False, down=False)),
-            ("no requests pass", Weather(link=name, up=False)),
-            ("no answers pass", Weather(link=name, down=False)),
-        )
-    )
-    seconds = rng.uniform(4.0, 10.0)
-    rig.links.set(weather)
-    rig.sleep(seconds)
-    rig.links.mend()
-    return f"{name}: {how} for {seconds:.1f} s"
-
-
-def fill_valkey(rig: Rig, rng: random.Random) -> str:
-    """F-R7: any write is refused; what only reads or removes goes on."""
-    seconds = rng.uniform(3.0, 6.0)
-    with rig.redis() as client:
-        client.config_set("maxmemory", "1")
-        try:
-            rig.sleep(seconds)
-        finally:
-            client.config_set("maxmemory", "0")
-    return f"for {seconds:.1f} s"
-
-
-def trim_ingest(rig: Rig, rng: random.Random) -> str:
-    """F-R8: somebody trims entries that are pending or not even read."""
-    with rig.redis() as client:
-        for _ in range(20):
-            pipeline = client.pipeline(transaction=False)
-            for shard in range(keys.DEFAULT_SHARDS):
-                pipeline.xtrim(keys.ingest(shard), maxlen=0, approximate=False)
-            pipeline.execute()
-            rig.sleep(0.05)
-    return "20 times"
 
 
 # --- MongoDB ---------------------------------------------------------------------------------------------------------
@@ -451,9 +386,12 @@ FAULTS: Final = (
     Fault("F-R2", "Valkey restart empty", empty_valkey, 10.0, "end", "everything is made again from MongoDB"),
     Fault("F-R3", "FLUSHALL", flush_valkey, 10.0, "end", "un-acked sends vanish and are sent again", often=True),
     Fault("F-R4", "Valkey SIGSTOP, then CONT", freeze_valkey, 5.0, "end", "every command ends within 2 s"),
+    Fault("F-R5", "Valkey fails over to a lagging replica", fail_over, 10.0, "end", "the last second never was"),
     Fault("F-R6", "partition from Valkey", cut_off_from_valkey, 5.0, "end", "only that process suffers", often=True),
     Fault("F-R7", "Valkey full", fill_valkey, 5.0, "end", "`overloaded`"),
     Fault("F-R8", "pending entries trimmed", trim_ingest, None, "end", "counted as lost, sent again after 10 s"),
+    Fault("F-R9", "Valkey's disk full (everysec)", fill_valkey_disk, 5.0, "end", "sends fail fast"),
+    Fault("F-R9", "Valkey's disk full (always)", end_valkey_by_its_disk, 5.0, "end", "sends fail fast"),
     Fault("F-M1", "MongoDB primary kill -9", kill_primary, FAILOVER_BOUND, "begin", "acks pause", often=True),
     Fault("F-M2", "MongoDB primary SIGSTOP, then CONT", freeze_primary, 15.0, "begin", "acks pause"),
     Fault("F-M3", "MongoDB majority gone", lose_majority, 15.0, "end", "no ack at all", silent_after_seconds=1.0),
@@ -461,6 +399,7 @@ FAULTS: Final = (
     Fault("F-M5", "MongoDB slow", slow_mongodb, 5.0, "end", "batches grow"),
     Fault("F-M6", "MongoDB disks full", fill_disks, 20.0, "end", "no ack, no flood of dead letters"),
     Fault("F-M7", "MongoDB crowded, connections reset", crowd_mongodb, 5.0, "end", "retries"),
+    Fault("F-M8", "low ends of logs expire", expire_logs, None, "end", "floors move, what is left is whole"),
     Fault("F-C1", "phones' links slow, lossy, then cut", bad_radio, None, "end", "retries"),
     Fault("F-C2", "phones' links half-open", half_open, None, "end", "the newer connection wins at once"),
     Fault("F-C3", "slow readers", slow_readers, 5.0, "end", "the others notice nothing"),
@@ -475,15 +414,12 @@ FAULTS: Final = (
 def absent(rig: Rig) -> dict[str, str]:
     """Rows of the matrix that are not run here, and why."""
     reasons = {
-        "F-W6 (crash)": "an entry that crashes the worker needs a defect in the product; undecodable ones are run",
-        "F-R5": "Valkey has no replica in this rig",
-        "F-R9": "Valkey's disk is the machine's",
-        "F-M8": "retention is whole days; the TTL monitor is not fast enough for a run of minutes",
+        "F-W6 (crash)": "needs a defect in the product; tests/system/test_dead_letters.py has workers with one",
     }
     if not rig.disks:
-        reasons["F-M6"] = "this machine does not let us mount a small disk"
+        reasons["F-M6"] = reasons["F-R9"] = "not possible here: this machine does not let us mount a small disk"
     if not rig.has_clockwork:
-        reasons["F-K1"] = "libfaketime is not installed"
+        reasons["F-K1"] = "not possible here: libfaketime is not installed"
     return reasons
 
 

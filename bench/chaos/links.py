@@ -43,6 +43,8 @@ class Weather(msgspec.Struct, frozen=True, kw_only=True):
     """Cut: all connections are reset, new ones too."""
     resets_per_second: float = 0.0
     """Chance per connection and second that it is reset."""
+    port: int = 0
+    """Where new connections lead from now on; 0: where they led."""
     only: str = ""
     """Applies only to connections that begin with bytes containing this (the driver's handshake names its program)."""
 
@@ -70,6 +72,7 @@ class Link:
     def set(self, weather: Weather) -> None:
         """Takes effect at once, also for the connections that are there."""
         self.weather = weather
+        self._target = weather.port or self._target
         self.changed.set()
         self.changed = trio.Event()
         if weather.refuses:

@@ -23,6 +23,8 @@ NAME: Final = "chaos"
 ELECTION_MS: Final = 3000
 HEARTBEAT_MS: Final = 1000
 ALREADY_INITIALIZED: Final = 23
+TTL_SECONDS: Final = 1
+"""Between two looks for what has expired, instead of 60 s."""
 START_SECONDS: Final = 60.0
 PRIMARY_SECONDS: Final = 60.0
 POLL_SECONDS: Final = 0.05
@@ -36,7 +38,9 @@ class Member(Server):
         self.data_dir = directory / name
         self.data_dir.mkdir(parents=True, exist_ok=True)
         self.link_port = link_port
-        super().__init__(name, mongod_arguments(self.data_dir, port, NAME), port, directory / f"{name}.log")
+        arguments = mongod_arguments(self.data_dir, port, NAME)
+        arguments += ["--setParameter", f"ttlMonitorSleepSecs={TTL_SECONDS}"]
+        super().__init__(name, arguments, port, directory / f"{name}.log")
 
     def is_primary(self) -> bool:
         """Does it say so, within half a second? False where it does not answer."""

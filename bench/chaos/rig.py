@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import msgspec
-import redis
 
 from bench.chaos.crowd import Look
 from bench.chaos.disks import Disk, make_disk, own_mounts
@@ -31,6 +30,10 @@ from bench.stack import WS_PATH, Process, Stack, run_stack, start_again, wait_re
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    import redis
+
+    from bench.chaos.crowd import Talk
+
 GATEWAYS: Final = 2
 WORKERS: Final = 2
 MEMBERS: Final = 3
@@ -40,6 +43,7 @@ FAKETIME: Final = tuple(
 CLOCKWORK: Final = ("gateway-2", "worker-2")
 """Whose wall clock can jump."""
 SMALL_DISKS: Final = ("mongod-2", "mongod-3")
+VALKEY_DISK: Final = "valkey"
 DRIVER_NAME: Final = "trireme-workers"
 """What the workers' and REST's MongoDB driver calls itself in its handshake."""
 COMMAND_SECONDS: Final = 10.0
@@ -62,19 +66,25 @@ class Rig:
         self,
         directory: Path,
         stack: Stack,
-        valkey: Valkey,
+        valkeys: tuple[Valkey, Valkey],
         replica_set: ReplicaSet,
         links: Links,
         disks: Sequence[Disk],
+        valkey_disk: Disk | None,
         clock_file: Path | None,
     ) -> None:
         self.directory = directory
         self.stack = stack
-        self.valkey = valkey
+        self.valkey, self.standby = valkeys
+        """The one that serves, and the one that does not run but to take over from it."""
         self.replica_set = replica_set
         self.links = links
         self.disks = list(disks)
         """Under members of the set; empty where the machine does not allow it."""
+        self.valkey_disk = valkey_disk
+        """Under both Valkeys; None where the machine does not allow it."""
+        self.talks: Sequence[Talk] = ()
+        """Of the present chapter."""
         self.crowd: DriverProcess | None = None
         self.samples: list[Sample] = []
         """Of the present chapter."""
@@ -144,7 +154,7 @@ class Rig:
     def mend(self) -> None:
         """Whatever a fault has left behind: everything runs, every link is good."""
         self.links.mend()
-        for disk in self.disks:
+        for disk in (*self.disks, *filter(None, (self.valkey_disk,))):
             disk.free()
         for process in list(self.stack.processes):
             if process.popen.poll() is None:
@@ -164,7 +174,13 @@ class Rig:
 
     def redis(self) -> redis.Redis:
         """A client of Valkey itself, around the links."""
-        return redis.Redis(HOST, self.valkey.port, socket_timeout=5.0)
+        return self.valkey.client()
+
+    def fail_over(self) -> None:
+        """The standby serves from now on: every link to Valkey leads there."""
+        self.valkey, self.standby = self.standby, self.valkey
+        names = [*self.links.named("gateway"), *self.links.named("worker"), "valkey", "replica"]
+        self.links.set(*(Weather(link=name, port=self.valkey.port) for name in names))
 
     # --- clocks ------------------------------------------------------------------------------------------------------
 
@@ -179,8 +195,8 @@ class Rig:
 
 
 class Links:
-    """The process of the links, and what each is called: gateway-1, worker-1, …: to Valkey; mongod-1, …: to a member;
-    phones-1, …: to a gateway."""
+    """The process of the links, and what each is called: gateway-1, worker-1, …, valkey (everybody else) and replica (a
+    standby): to Valkey; mongod-1, …: to a member; phones-1, …: to a gateway."""
 
     def __init__(self, process: DriverProcess, ports: dict[str, int]) -> None:
         self.ports = ports
@@ -229,15 +245,17 @@ def open_rig(directory: Path) -> Iterator[Rig]:
             **ports,
             **{f"gateway-{place}": redis_port for place in range(1, GATEWAYS + 1)},
             **{f"worker-{place}": redis_port for place in range(1, WORKERS + 1)},
+            **dict.fromkeys(("valkey", "replica"), redis_port),
             **{f"phones-{place}": port for place, port in enumerate(gateway_ports, 1)},
         }
         links = exits.enter_context(_open_links(targets))
-        valkey = Valkey(directory, redis_port)
-        exits.callback(valkey.end)
-        valkey.start_ready()
-        disks = _make_disks(directory)
-        for disk in disks:
+        disks, valkey_disk = _make_disks(directory)
+        for disk in (*disks, *filter(None, (valkey_disk,))):
             exits.callback(disk.unmount)
+        valkeys = _valkeys(directory, redis_port)
+        for valkey in valkeys:
+            exits.callback(valkey.end)
+        valkeys[0].start_ready()
         replica_set = ReplicaSet(directory, list(ports.values()), links.ports)
         for member in replica_set.members:
             exits.callback(member.end)
@@ -252,7 +270,7 @@ def open_rig(directory: Path) -> Iterator[Rig]:
             own[f"gateway-{place}"]["TRIREME_GATEWAY_PORT"] = str(port)
         for name in CLOCKWORK:
             own[name].update(clockwork)
-        backing = Services(f"redis://{HOST}:{redis_port}", replica_set.url, {"valkey": valkey.pid})
+        backing = Services(f"redis://{HOST}:{links.ports['valkey']}", replica_set.url, {"valkey": valkeys[0].pid})
         stack = exits.enter_context(
             run_stack(
                 gateways=GATEWAYS,
@@ -263,7 +281,7 @@ def open_rig(directory: Path) -> Iterator[Rig]:
                 data_dir=directory,
             )
         )
-        rig = Rig(directory, stack, valkey, replica_set, links, disks, clock_file)
+        rig = Rig(directory, stack, valkeys, replica_set, links, disks, valkey_disk, clock_file)
         exits.callback(_let_go, rig)
         yield rig
 
@@ -285,12 +303,26 @@ def _open_links(targets: dict[str, int]) -> Iterator[Links]:
         yield Links(process, process.answer(COMMAND_SECONDS))
 
 
-def _make_disks(directory: Path) -> list[Disk]:
-    """Under the data of the second and the third member: the first alone is no majority."""
+def _make_disks(directory: Path) -> tuple[list[Disk], Disk | None]:
+    """Under the data of the second and the third member (the first alone is no majority), and under Valkey's."""
     if not own_mounts():
-        return []
-    made = [make_disk(directory / f"{name}.img", directory / name) for name in SMALL_DISKS]
-    return [disk for disk in made if disk is not None] if all(made) else []
+        return [], None
+    made = [make_disk(directory / f"{name}.img", directory / name) for name in (*SMALL_DISKS, VALKEY_DISK)]
+    found = [disk for disk in made if disk is not None]
+    if len(found) < len(made):
+        for disk in found:
+            disk.unmount()
+        return [], None
+    return found[:-1], found[-1]
+
+
+def _valkeys(directory: Path, port: int) -> tuple[Valkey, Valkey]:
+    """The one that serves first, and its standby."""
+    data = directory / VALKEY_DISK
+    return (
+        Valkey("valkey-1", data, port, directory / "valkey-1.log"),
+        Valkey("valkey-2", data, free_port(), directory / "valkey-2.log"),
+    )
 
 
 def _clockwork(directory: Path) -> tuple[Path | None, dict[str, str]]:

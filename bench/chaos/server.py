@@ -7,7 +7,10 @@ import signal
 import time
 from typing import TYPE_CHECKING, Final
 
+import redis
+
 from bench.services import (
+    HOST,
     START_DEADLINE_SECONDS,
     STOP_DEADLINE_SECONDS,
     ServicesError,
@@ -84,12 +87,12 @@ class Server:
 
 
 class Valkey(Server):
-    """The one Valkey, with its append-only file (everysec)."""
+    """One Valkey, with its append-only file (everysec). Its data lie in `directory`/NAME."""
 
-    def __init__(self, directory: Path, port: int) -> None:
-        self.data_dir = directory / "valkey"
+    def __init__(self, name: str, directory: Path, port: int, log: Path) -> None:
+        self.data_dir = directory / name
         self.data_dir.mkdir(parents=True, exist_ok=True)
-        super().__init__("valkey", valkey_arguments(self.data_dir, port), port, directory / "valkey.log")
+        super().__init__(name, valkey_arguments(self.data_dir, port), port, log)
 
     def start_ready(self) -> None:
         """Start it and wait until it has loaded its data."""
@@ -100,3 +103,35 @@ class Valkey(Server):
         """Remove its data, while it is down."""
         shutil.rmtree(self.data_dir)
         self.data_dir.mkdir()
+
+    def client(self) -> redis.Redis:
+        """Of this server itself, around the links."""
+        return redis.Redis(HOST, self.port, socket_timeout=5.0)
+
+    def follow(self, port: int) -> None:
+        """Become a replica of who is behind that port of loopback, and wait until it has everything. Raises
+        ServicesError."""
+        with self.client() as client:
+            client.replicaof(HOST, port)
+            deadline = time.monotonic() + START_DEADLINE_SECONDS
+            self.wait_until(lambda: client.info("replication").get("master_link_status") == "up", deadline)
+
+    def promote(self) -> None:
+        """Follow nobody any more."""
+        with self.client() as client:
+            client.replicaof("NO", "ONE")
+
+    def offset(self) -> int:
+        """Bytes of the replication stream that it has written, or as a replica applied."""
+        with self.client() as client:
+            said = client.info("replication")
+        return int(said["master_repl_offset"] if said["role"] == "master" else said["slave_repl_offset"])
+
+    def refuses_writes(self) -> bool:
+        """Because it cannot write them to its disk?"""
+        with self.client() as client:
+            try:
+                client.set("chaos:probe", "", ex=1)
+            except redis.ResponseError as error:
+                return str(error).startswith("MISCONF")
+        return False

@@ -6,16 +6,22 @@ import contextlib
 import errno
 import time
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import pytest
 import trio
+from msgspec import UNSET
 
+from bench import journal
 from bench.chaos import recovery, report
 from bench.chaos.faults import FAULTS
 from bench.chaos.links import Link, Weather
 from bench.chaos.nemesis import Episode, chapters, schedule
+from bench.chaos.retention import wrong_pages
 from bench.chaos.samples import STEP_SECONDS, Sample, Sampler
+from protocol.frames import MessagesPayload
+from protocol.models import MessageStatus, MessageType, StoredMessage
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -150,6 +156,46 @@ def test_the_page_shows_every_fault_and_nothing_of_it_is_markup(tmp_path: Path) 
     assert page.count("<polyline") == 3
 
 
+def page(origin: str, *numbers: int, first: int = 1, last: int = 0, expired: int | None = None) -> journal.Pushed:
+    payload = MessagesPayload(
+        conversation_id="c",
+        messages=[message(number) for number in numbers],
+        origin=origin,
+        from_sequence=first,
+        to_sequence=last,
+        expired_through=UNSET if expired is None else expired,
+    )
+    return journal.Pushed(user_id="u", device_id="d", connection=1, at=0.0, payload=payload)
+
+
+def message(number: int) -> StoredMessage:
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    return StoredMessage(
+        conversation_id="c",
+        sequence_number=number,
+        sender_id="u",
+        receiver_id="v",
+        message_type=MessageType.TEXT,
+        content="",
+        timestamp=now,
+        status=MessageStatus.SENT,
+        created_at=now,
+    )
+
+
+def test_who_comes_behind_an_expired_prefix_sees_the_rest_whole_and_is_told_where_it_begins() -> None:
+    answer = page("retransmit", 41, 42, last=42, expired=40)
+    assert wrong_pages([page("backlog", 41, 42), page("live", 43), answer], 40) == []
+    assert wrong_pages([page("retransmit", last=40, expired=40)], 40) == []
+    assert wrong_pages([page("backlog", 40, 41), answer], 40) == ["40 was shown, and everything through 40 has expired"]
+    assert wrong_pages([page("backlog", 41, 43)], 40) == ["the backlog has a hole or a repeat: 2 from 41 to 43"]
+    for silent in (page("retransmit", 41, 42, last=42), page("retransmit", 41, 42, last=42, expired=39)):
+        (wrong,) = wrong_pages([silent], 40)
+        assert "it is 40" in wrong
+    (wrong,) = wrong_pages([page("retransmit", 41, 43, last=43, expired=40)], 40)
+    assert wrong == "a retransmit accounts for what is through 43 and shows 2 from 41 to 43"
+
+
 # --- links -----------------------------------------------------------------------------------------------------------
 
 
@@ -225,6 +271,17 @@ async def test_a_cut_link_resets_what_is_there_and_what_comes() -> None:
             assert await ask(good, b"y") == b"y"
         await again.aclose()
         await stream.aclose()
+
+
+@pytest.mark.trio
+async def test_a_link_leads_elsewhere_from_then_on_and_stays_so_in_good_weather() -> None:
+    async with echo_through() as (link, port):
+        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        async with listeners[0]:
+            link.set(Weather(link="l", port=listeners[0].socket.getsockname()[1]))
+            link.set(Weather(link="l"))
+            async with await trio.open_tcp_stream("127.0.0.1", port), await listeners[0].accept() as other:
+                await other.send_all(b"")
 
 
 @pytest.mark.trio
