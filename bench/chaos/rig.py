@@ -249,9 +249,7 @@ def open_rig(directory: Path) -> Iterator[Rig]:
             **{f"phones-{place}": port for place, port in enumerate(gateway_ports, 1)},
         }
         links = exits.enter_context(_open_links(targets))
-        disks, valkey_disk = _make_disks(directory)
-        for disk in (*disks, *filter(None, (valkey_disk,))):
-            exits.callback(disk.unmount)
+        disks, valkey_disk = _make_disks(directory, exits)
         valkeys = _valkeys(directory, redis_port)
         for valkey in valkeys:
             exits.callback(valkey.end)
@@ -303,17 +301,15 @@ def _open_links(targets: dict[str, int]) -> Iterator[Links]:
         yield Links(process, process.answer(COMMAND_SECONDS))
 
 
-def _make_disks(directory: Path) -> tuple[list[Disk], Disk | None]:
+def _make_disks(directory: Path, exits: ExitStack) -> tuple[list[Disk], Disk | None]:
     """Under the data of the second and the third member (the first alone is no majority), and under Valkey's."""
     if not own_mounts():
         return [], None
     made = [make_disk(directory / f"{name}.img", directory / name) for name in (*SMALL_DISKS, VALKEY_DISK)]
     found = [disk for disk in made if disk is not None]
-    if len(found) < len(made):
-        for disk in found:
-            disk.unmount()
-        return [], None
-    return found[:-1], found[-1]
+    for disk in found:
+        exits.callback(disk.unmount)
+    return (found[:-1], found[-1]) if len(found) == len(made) else ([], None)
 
 
 def _valkeys(directory: Path, port: int) -> tuple[Valkey, Valkey]:
