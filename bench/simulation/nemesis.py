@@ -28,8 +28,15 @@ class Nemesis:
     """The faults of one run."""
 
     def __init__(
-        self, network: Network, house: House, valkey: Valkey, replica_set: ReplicaSet, rng: random.Random
+        self,
+        network: Network,
+        house: House,
+        valkey: Valkey,
+        replica_set: ReplicaSet,
+        rng: random.Random,
+        stir: Callable[[float], None],
     ) -> None:
+        """`stir`: has people say something within so many seconds, where a fault is worth nothing in silence."""
         self.blows: list[tuple[str, float, float]] = []
         """(fault, from, to)."""
         self._network = network
@@ -37,6 +44,7 @@ class Nemesis:
         self._valkey = valkey
         self._set = replica_set
         self._rng = rng
+        self._stir = stir
         self._runs = 0
         self._phones: list[Phone] = []
         self._kinds: list[tuple[int, Callable[[], Awaitable[None]]]] = [
@@ -140,7 +148,10 @@ class Nemesis:
             self._house.start_gateway()
 
     async def _pause_worker(self) -> None:
-        await self._pause(self._some(self._house.workers))
+        victim = self._some(self._house.workers)
+        if self._rng.random() < 0.4:
+            victim = await self._wait_for("write") or victim
+        await self._pause(victim)
 
     async def _pause_gateway(self) -> None:
         await self._pause(self._some(self._house.gateways))
@@ -150,6 +161,7 @@ class Nemesis:
             victim.pause()
             # A lease lasts 5 s: some pauses outlast it.
             await self._soon(7.0 if self._rng.random() < 0.6 else 0.3)
+            self._stir(0.05)
             victim.resume()
 
     async def _drain_worker(self) -> None:
@@ -211,6 +223,7 @@ class Nemesis:
     async def _steal_leases(self) -> None:
         """Somebody deletes the leases, or writes another's name into them."""
         self._network.note("valkey", "leases stolen")
+        self._stir(1.0)
         space = self._valkey.keyspace
         for shard in range(2):
             key = keys.lease(shard).encode()

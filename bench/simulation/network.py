@@ -105,6 +105,23 @@ class _RunQueue(deque[trio.lowlevel.Task]):
             super().append(task)
 
 
+class NoSockets:
+    """Trio's I/O manager of a world, in which there is nothing to poll: no turn of the scheduler asks the kernel."""
+
+    def __init__(self, real: Any) -> None:
+        self._real = real
+
+    def __getattr__(self, name: str) -> Any:
+        """Trio's own socket, by which other threads would wake it."""
+        return getattr(self._real, name)
+
+    def get_events(self, _timeout: float) -> tuple[()]:
+        return ()
+
+    def process_events(self, _events: object) -> None:
+        pass
+
+
 class Clock(trio.abc.Clock):
     """Seconds since the world began; jumps when nothing can run."""
 
@@ -178,6 +195,8 @@ class Network:
         self._heap: list[tuple[float, int, Process | None, Callable[..., None], tuple[Any, ...]]] = []
         self._counter = 0
         self._runnable: deque[trio.lowlevel.Task] = deque()
+        self._sockets: Any = None
+        """Trio's own, while the world has none."""
         clock.network = self
 
     @property
@@ -224,10 +243,13 @@ class Network:
         """Called inside of the run: from now on the processes' tasks can be held."""
         runner = trio_run.GLOBAL_RUN_CONTEXT.runner
         self._runnable = runner.runq = _RunQueue(runner.runq)  # the one of this run only
+        self._sockets = runner.io_manager
+        runner.io_manager = NoSockets(self._sockets)  # type: ignore[assignment]
 
     def leave(self) -> None:
         """The world is over: Trio closes down on its own."""
         self._clock.network = None
+        trio_run.GLOBAL_RUN_CONTEXT.runner.io_manager = self._sockets
 
     def pass_time(self, clock: Clock, deadline: float) -> None:
         """Carry out what is due before `deadline`, each at its time, until a task can run."""

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from bench.simulation.network import Network
     from protocol.frames import ClientFrame
 
-HABITS: Final = Habits(retry_seconds=4.0, ask_seconds=2.0)
+HABITS: Final = Habits(retry_seconds=2.0, ask_seconds=1.0)
 """A shorter patience than an app's, so that a run is shorter."""
-OPEN_SECONDS: Final = 4.0
+OPEN_SECONDS: Final = 2.5
 """Without `auth_success` by then the phone dials elsewhere."""
-PATIENCE_SECONDS: Final = 9.0
+PATIENCE_SECONDS: Final = 5.0
 """What was said so long ago on a line that answers nothing is said on another."""
 _RETRIED: Final = frozenset((AuthErrorCode.DRAINING, AuthErrorCode.SERVER_BUSY, AuthErrorCode.RATE_LIMITED))
 

@@ -27,6 +27,7 @@ from bench.simulation.lines import TwinTransport
 from bench.simulation.mongo import TwinMongo
 from bench.simulation.network import Process
 from bench.simulation.redis_client import TwinRedis
+from bench.simulation.waiting import cheap_waiting
 from bench.simulation.wire import TwinWire
 from gateway.admission import PublicKeys
 from protocol import dev_keys, keys, records
@@ -60,6 +61,7 @@ def seams(network: Network, rng: random.Random) -> Iterator[None]:
     before = random.getstate()
     random.seed(rng.getrandbits(64))
     with (
+        cheap_waiting(network),
         patch.object(time, "time_ns", lambda: network.wall_ms() * 1_000_000),
         patch.object(os, "urandom", rng.randbytes),
         patch.object(secrets, "token_hex", lambda count=16: rng.randbytes(count).hex()),
@@ -89,6 +91,8 @@ class House:
         self._nursery = nursery
         self._doors: dict[Process, gateway.server.Gateway] = {}
         self._count = 0
+        self._outside = _broker()
+        """Of no process."""
 
     def _start(self, kind: str, main: Callable[[Process], Coroutine[Any, Any, None]]) -> Process:
         self._count += 1
@@ -168,7 +172,7 @@ class House:
     async def append(self, record: records.SendMessage) -> None:
         """Append to the log once, from outside of all processes; what the stream takes is in `taken`."""
         with suppress(workers.broker.BrokerUnavailable):
-            await _broker().append_ingest(keys.shard_of(record.conversation_id, SHARDS), record)
+            await self._outside.append_ingest(keys.shard_of(record.conversation_id, SHARDS), record)
             self.taken.append(record.idempotency_key)
 
 

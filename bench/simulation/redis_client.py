@@ -217,6 +217,8 @@ class _PubSub:
 
     def __init__(self, client: TwinRedis) -> None:
         self._client = client
+        client.server.listeners += 1
+        self._number = client.server.listeners
         self._mail: list[Any] = []
         self._news = trio.Event()
         self._heard_until = 0.0
@@ -234,7 +236,7 @@ class _PubSub:
     @property
     def number(self) -> int:
         """CLIENT ID."""
-        return id(self)
+        return self._number
 
     def tracked_by(self, prefix: bytes) -> None:
         """What changes under this prefix is told here."""

@@ -27,15 +27,15 @@ if TYPE_CHECKING:
     from bench.simulation.phones import Phone
     from workers.audit.report import Violation
 
-STORY_SECONDS: Final = 8.0
-"""People talk and things break for so long."""
+STORIES: Final = (1.5, 2.5, 2.5, 4.0, 4.0, 7.0)
+"""People talk and things break for so long, seconds: what happens closely together meets, and some faults take long."""
 REST_SECONDS: Final = 45.0
 """From the last fault to the moment at which everybody must have everything (reliability.md, I14: 30 s; two more
 retries of a phone)."""
-LOOK_SECONDS: Final = 0.5
+LOOK_SECONDS: Final = 0.2
 PROOF_SECONDS: Final = 20.0
-FLUSH_SECONDS: Final = 2.5
-"""What is flushed later is flushed by then."""
+FLUSH_SECONDS: Final = 1.3
+"""What is flushed later is flushed by then, where nothing was in its way."""
 
 
 class Verdict(msgspec.Struct):
@@ -91,8 +91,9 @@ class World:
                 house.start_worker()
             workload = Workload(self.network, house, self.record, random.Random(self.rng.getrandbits(64)))
             await workload.begin(nursery)
-            nemesis = Nemesis(self.network, house, self.valkey, self.set, random.Random(self.rng.getrandbits(64)))
-            ends = self.clock.now + STORY_SECONDS
+            dice = random.Random(self.rng.getrandbits(64))
+            nemesis = Nemesis(self.network, house, self.valkey, self.set, dice, workload.stir)
+            ends = self.clock.now + self.rng.choice(STORIES)
             nursery.start_soon(workload.run, ends, name="workload")
             await nemesis.run(ends, workload.phones)
             self.blows = nemesis.blows

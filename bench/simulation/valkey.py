@@ -84,8 +84,8 @@ class Valkey:
         self.stalled_until = 0.0
         self.run_id = "run0"
         self.peers: dict[Peer, None] = {}
-        self.entries = 0
-        """Ingest entries appended, for the books of the run."""
+        self.listeners = 0
+        """Connections that ever listened; their ids."""
         self._channels: dict[bytes, dict[Peer, None]] = {}
         self._trackers: dict[Peer, tuple[Peer, bytes]] = {}
         """Connection that tracks → (the one that is told, prefix of the keys)."""
@@ -167,7 +167,6 @@ class Valkey:
                 return _LATER
         reply = self.keyspace.execute(name, arguments)
         if name == b"XADD" and arguments[0].startswith(b"ingest:"):
-            self.entries += 1
             if self.faults.repeated and self.network.rng.random() < self.faults.repeated:
                 self.network.at(self.network.rng.random() * 6.0, None, self._repeat, arguments)
         return reply

@@ -5,6 +5,7 @@ One connection keeps its order in both directions. A lost request or reply break
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import hiredis
@@ -112,8 +113,13 @@ class _Connection:
         self._silent_from = float("inf")
         """The client hung up: its last words arrive until then."""
         self._blocked = False
-        self._behind: list[bytes] = []
+        self._packet: list[bytes] = []
+        self._packed_at = -1.0
+        """What was sent in this moment travels together."""
+        self._behind: deque[bytes] = deque()
         """Commands behind one that waits."""
+        self._telling: list[tuple[Any, Any]] = []
+        self._told_at = -1.0
         self.open = True
 
     # --- the client's side -------------------------------------------------------------------------------------------
@@ -123,8 +129,12 @@ class _Connection:
         if not self.open:
             return
         network = self._network
+        if self._packed_at == network.now:
+            self._packet.append(packed)
+            return
+        self._packet, self._packed_at = [packed], network.now
         self._sent_until = max(self._sent_until, network.now + network.delay())
-        network.at_time(self._sent_until, None, self._arrive, packed)
+        network.at_time(self._sent_until, None, self._arrive, self._packet)
 
     def hang_up(self) -> None:
         """The client closes it; what is on its way may still arrive, what comes back is lost."""
@@ -135,9 +145,9 @@ class _Connection:
 
     # --- the server's side -------------------------------------------------------------------------------------------
 
-    def _arrive(self, packed: bytes) -> None:
+    def _arrive(self, packet: list[bytes]) -> None:
         if not self._is_gone():
-            self._behind.append(packed)
+            self._behind += packet
             self._go_on()
 
     def _go_on(self) -> None:
@@ -146,7 +156,7 @@ class _Connection:
             if self._server.stalled_until > self._network.now:
                 self._network.at_time(self._server.stalled_until, None, self._go_on)
                 return
-            self._serve(self._behind.pop(0))
+            self._serve(self._behind.popleft())
 
     def _serve(self, packed: bytes) -> None:
         server = self._server
@@ -187,9 +197,19 @@ class _Connection:
             self._wire.abort("closed by Redis")
 
     def _back(self, call: Any, *arguments: Any) -> None:
+        """What is said in one moment comes in one packet."""
         network = self._network
+        if self._told_at == network.now:
+            self._telling.append((call, arguments))
+            return
+        self._telling, self._told_at = [(call, arguments)], network.now
         self._heard_until = max(self._heard_until, network.now + network.delay())
-        network.at_time(self._heard_until, self._owner, call, *arguments)
+        network.at_time(self._heard_until, self._owner, self._hear, self._telling)
+
+    @staticmethod
+    def _hear(packet: list[tuple[Any, Any]]) -> None:
+        for call, arguments in packet:
+            call(*arguments)
 
 
 class _Deaf:

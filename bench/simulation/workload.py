@@ -20,6 +20,7 @@ from workers.tokens import Tokens
 
 if TYPE_CHECKING:
     import random
+    from collections.abc import Callable
 
     from bench.journal import Journal
     from bench.simulation.network import Network
@@ -33,7 +34,7 @@ ASIDE: Final = keys.direct_conversation_id(BOB, CAT)
 refused would depend on how long a copy of it was under way."""
 _SPEAKS: Final = {ANN: (GROUP, DIRECT), BOB: (GROUP, DIRECT, ASIDE), CAT: (ASIDE,)}
 DEVICES: Final = ((ANN, "ann1"), (BOB, "bob1"), (CAT, "cat1"), (ANN, "ann2"))
-MESSAGES: Final = 15
+MESSAGES: Final = 12
 ANNOUNCEMENTS: Final = 8
 START_SECONDS: Final = 12.0
 
@@ -52,8 +53,8 @@ class Workload:
         self._house = house
         self._rng = rng
         self._said = 0
-        self._undecided = 0
         self._commands = 0
+        self._requests = 0
         self.announced: list[Send] = []
         """What was said once, by no phone."""
         self.done = False
@@ -72,7 +73,7 @@ class Workload:
         """Make the conversations while everything is well."""
         await trio.sleep(0.3)
         for phone in self.phones:
-            self._network.at(self._rng.random(), None, phone.dial)
+            self._network.at(0.4 * self._rng.random(), None, phone.dial)
         with trio.fail_after(START_SECONDS):
             await self._create(DIRECT, ConversationType.ONE_TO_ONE, [ANN, BOB])
             await self._create(ASIDE, ConversationType.ONE_TO_ONE, [BOB, CAT])
@@ -106,6 +107,11 @@ class Workload:
                 nursery.start_soon(self._command)
         await trio.sleep_until(ends)
         self.done = True
+
+    def stir(self, seconds: float) -> None:
+        """Everybody has something to say within so many seconds."""
+        for phone in self.phones:
+            self._network.at(self._rng.random() * seconds, None, self._say, phone)
 
     def speak_last(self) -> None:
         """One more message in each conversation: whoever owns it now looks at it once more."""
@@ -160,13 +166,11 @@ class Workload:
         self._commands += 1
         return f"cmd_{self._commands}"
 
-    async def _decide(self, build: object) -> None:
+    async def _decide(self, build: Callable[[str], records.GroupCommand]) -> None:
         """Ask until there is an answer, each time as another request for the same thing."""
-        attempt = 0
-        command = build
         while True:
-            attempt += 1
-            record = command(f"req_{id(build)}_{attempt}")  # type: ignore[operator]
+            self._requests += 1
+            record = build(f"req_{self._requests}")
             outcome = await self._house.command(record)
             if outcome is not None and outcome.code not in (ErrorCode.STORAGE_UNAVAILABLE, ErrorCode.OVERLOADED):
                 self._network.note("rest", record.command_id, outcome.code or "done")

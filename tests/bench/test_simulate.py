@@ -33,6 +33,27 @@ def test_the_same_seed_is_the_same_universe_to_the_byte() -> None:
 
 
 @pytest.mark.slow
+def test_a_seed_is_the_same_universe_alone_and_behind_others_in_one_process() -> None:
+    """A failing seed once did not fail when it was run alone: ids of requests came from where objects lay in memory."""
+    script = (
+        "import hashlib, sys; from bench.simulate import simulate; "
+        "last = simulate([int(seed) for seed in sys.argv[1:]], trace=True)[-1]; "
+        "print(len(last.trace), hashlib.sha256('\\n'.join(last.trace).encode()).hexdigest())"
+    )
+    environment = os.environ | {"PYTHONHASHSEED": "0"}
+    before = [str(seed) for seed in range(1000, 1020)]
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", script, *others, "23"],
+            capture_output=True, text=True, timeout=300, env=environment, check=True,
+        ).stdout
+        for others in ([], before)
+    ]  # fmt: skip
+    assert int(runs[0].split()[0]) > 300
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.slow
 def test_no_universe_ends_with_a_violation() -> None:
     run = simulate("--seeds", str(SEEDS), "--processes", "2")
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
