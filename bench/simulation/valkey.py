@@ -166,9 +166,9 @@ class Valkey:
                     self._channels.get(channel, {}).pop(peer, None)
                 return _LATER
         reply = self.keyspace.execute(name, arguments)
-        if name == b"XADD" and arguments[0].startswith(b"ingest:"):
-            if self.faults.repeated and self.network.rng.random() < self.faults.repeated:
-                self.network.at(self.network.rng.random() * 6.0, None, self._repeat, arguments)
+        chance = self.faults.repeated
+        if chance and name == b"XADD" and arguments[0].startswith(b"ingest:") and self.network.rng.random() < chance:
+            self.network.at(self.network.rng.random() * 6.0, None, self._repeat, arguments)
         return reply
 
     def _refuse_sometimes(self, name: bytes, arguments: list[bytes]) -> None:

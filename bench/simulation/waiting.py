@@ -1,7 +1,8 @@
 """Waiting, as cheap as a world can have it: Trio's and anyio's own means with the same meaning and less around them.
 
-A world waits some two thousand times and most of its cost was in how: a cancel scope for each sleep, two generators for
-each scope, and anyio's search for the library that runs. Who sleeps is woken by an event of the network instead. `seams` puts this in; it lasts for one run.
+A world waits some two thousand times, and most of its cost was in how: a cancel scope for each sleep, two generators
+for each scope, and anyio's search for the library that runs. Who sleeps is woken by an event of the network instead.
+`seams` puts this in; it lasts for one run.
 """
 
 from __future__ import annotations

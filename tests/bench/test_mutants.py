@@ -28,7 +28,7 @@ FOUND_FROM: Final = {
     "pubsub_only": 0,
     "dedupe_by_local_read": 40,
     "take_over_by_local_read": 0,
-    "xack_before_insert": 160,
+    "xack_before_insert": 40,
 }
 """Mutant → a seed from which it is found within `SEEDS`."""
 SEEDS: Final = 60
