@@ -10,7 +10,7 @@ from typing import Final
 
 import pytest
 
-SEEDS: Final = int(os.environ.get("SIMULATED_SEEDS", "200"))
+SEEDS: Final = int(os.environ.get("SIMULATED_SEEDS", "2000"))
 """Of a test run; more on demand (`bench simulate --seeds`)."""
 REGRESSIONS: Final = (3, 10, 35, 49, 72, 79, 103, 107, 112, 120, 156, 191)
 """Seeds that once ended with a violation, as the product or the simulator was then."""
