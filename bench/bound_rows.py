@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from bench.bound import Bound
+from bench.bound_rows_agents import AGENTS
 from bench.bound_rows_apps import APPS
 
 _CONNECTION: Final = "One connection"
@@ -443,6 +444,7 @@ BOUNDS: Final = (
         test=_WORKER + "test_the_stream_of_a_gateway_that_does_not_read_keeps_its_newest",
     ),
     *APPS,
+    *AGENTS,
 )
 
 _BATCH: Final = "lives as long as one batch (`TRIREME_BATCH`, `BATCH_BYTES`)"

@@ -419,6 +419,22 @@ class TypingNotice(Frame, tag="typing", kw_only=True, frozen=True, gc=False):
     payload: TypingNoticePayload
 
 
+class AgentProgressPayload(msgspec.Struct, kw_only=True, frozen=True, gc=False):
+    """`stage`: `working`, or what the agent calls it. `message_id`: what it is working on."""
+
+    conversation_id: str
+    agent_id: str
+    stage: str
+    text: str | UnsetType = UNSET
+    message_id: str | UnsetType = UNSET
+
+
+class AgentProgress(Frame, tag="agent_progress", kw_only=True, frozen=True, gc=False):
+    """An agent is at work and has not answered yet. Never stored."""
+
+    payload: AgentProgressPayload
+
+
 class PresencePayload(msgspec.Struct, kw_only=True, frozen=True, gc=False):
     """`last_seen`: epoch ms, left out where it is not known or not shown."""
 
@@ -470,6 +486,7 @@ ServerFrame = (
     | SyncComplete
     | ConversationUpdate
     | TypingNotice
+    | AgentProgress
     | PresenceNotice
     | KeysLow
     | IdentityChanged

@@ -146,6 +146,21 @@ def agent(agent_id: str) -> str:
     return f"agent:{agent_id}"
 
 
+AGENT_PARTITIONS = 16
+"""Into so many parts the conversations with agents are shared out; each has one process of the role `agents`."""
+AGENT_GROUP = "agents"
+
+
+def agent_tasks(partition: int) -> str:
+    """stream of what agents are to be asked; capped, since the tasks themselves are in MongoDB."""
+    return f"agents:tasks:{partition}"
+
+
+def agent_lease(partition: int) -> str:
+    """string: id of the instance whose agents answer this partition; 5 s, renewed twice a second."""
+    return f"lease:agents:{partition}"
+
+
 def session(user_id: str) -> str:
     """string: which access tokens of the user are good, 1 h; dropped by whoever changes it (`workers.revocation`)."""
     return f"session:{user_id}"

@@ -100,7 +100,8 @@ class AgentStatus(StrEnum):
 
 
 class EventKind(StrEnum):
-    """What a system message says. The first group changes a conversation's state, the second a message of it."""
+    """What a system message says. The first group changes a conversation's state, the second a message of it; the third
+    says that an agent has not answered one."""
 
     CREATED = "created"
     ADDED = "added"
@@ -119,6 +120,9 @@ class EventKind(StrEnum):
     REACTED = "reacted"
     UNREACTED = "unreacted"
 
+    AGENT_TIMEOUT = "agent_timeout"
+    AGENT_FAILED = "agent_failed"
+
 
 JOINING: Final = frozenset((EventKind.CREATED, EventKind.ADDED))
 LEAVING: Final = frozenset((EventKind.REMOVED, EventKind.LEFT, EventKind.BANNED))
@@ -126,6 +130,8 @@ LEAVING: Final = frozenset((EventKind.REMOVED, EventKind.LEFT, EventKind.BANNED)
 MESSAGE_EVENTS: Final = frozenset(
     (EventKind.EDITED, EventKind.DELETED, EventKind.HIDDEN, EventKind.REACTED, EventKind.UNREACTED)
 )
+
+AGENT_EVENTS: Final = frozenset((EventKind.AGENT_TIMEOUT, EventKind.AGENT_FAILED))
 
 
 class User(msgspec.Struct, kw_only=True, frozen=True):
@@ -362,9 +368,9 @@ class Presence(msgspec.Struct, kw_only=True, frozen=True):
 class SystemEvent(msgspec.Struct, kw_only=True, frozen=True):
     """JSON content of a system message: one step of a conversation's state, or a change of one of its messages.
 
-    `targets`: user ids, or the id of the one message that an event of `MESSAGE_EVENTS` is about (none for `hidden`,
-    which shows the others only a `commitment`). `until`: epoch ms, 0 for no longer silenced. `seconds`: 0 for no
-    longer disappearing. `content`: what an edited message says now, opaque as the message was.
+    `targets`: user ids, or the id of the one message that an event of `MESSAGE_EVENTS` or `AGENT_EVENTS` is about (none
+    for `hidden`, which shows the others only a `commitment`). `until`: epoch ms, 0 for no longer silenced.
+    `seconds`: 0 for no longer disappearing. `content`: what an edited message says now, opaque as the message was.
     """
 
     event: EventKind

@@ -169,6 +169,13 @@ class SetDisappearing(Record, tag="disappear", frozen=True, gc=False):
     seconds: int
 
 
+class AgentNotice(Record, tag="agent", frozen=True, gc=False):
+    """The actor, an agent, has not answered this message: in time, or not at all."""
+
+    message_id: str
+    in_time: bool
+
+
 class ChangeConversation(Record, tag="u", frozen=True, gc=False):
     """Any other step of a conversation's state: becomes a system message. Answered by `CommandOutcome`."""
 
@@ -177,7 +184,7 @@ class ChangeConversation(Record, tag="u", frozen=True, gc=False):
     command_id: str
     conversation_id: str
     actor: str
-    change: SetRole | Rename | Silence | Ban | Unban | SetDisappearing
+    change: SetRole | Rename | Silence | Ban | Unban | SetDisappearing | AgentNotice
 
 
 class LookAtAccount(Record, tag="s", frozen=True, gc=False):

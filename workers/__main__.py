@@ -38,6 +38,7 @@ ROLES: Final = {
     "ingest": "workers.ingest",
     "query": "workers.query",
     "events": "workers.events",
+    "agents": "workers.agents.role",
     "retry": "workers.retry",
     "rest": "workers.rest.app",
 }

@@ -201,12 +201,13 @@ class Broker:
     async def create_ingest_groups(self, shards: Iterable[int]) -> bool:
         """Make stream and group of each shard where they are missing; the group starts at the stream's beginning. Was
         one missing?"""
-        made = [await self._create_group(keys.ingest(shard), keys.INGEST_GROUP) for shard in shards]
+        made = [await self.create_group(keys.ingest(shard), keys.INGEST_GROUP) for shard in shards]
         return any(made)
 
-    async def _create_group(self, stream: str, group: str) -> bool:
+    async def create_group(self, stream: str, group: str, start: str = "0") -> bool:
+        """Make a group, and its stream, where they are missing. Was it?"""
         try:
-            await self._run("XGROUP", "CREATE", stream, group, "0", "MKSTREAM")
+            await self._run("XGROUP", "CREATE", stream, group, start, "MKSTREAM")
         except redis.exceptions.ResponseError as error:
             if not str(error).startswith("BUSYGROUP"):
                 raise
@@ -318,7 +319,7 @@ class Broker:
                 if scope.cancelled_caught:
                     raise BrokerUnavailable("blocking read got no answer")
         except GroupMissing:
-            await self._create_group(keys.QUERY, keys.QUERY_GROUP)
+            await self.create_group(keys.QUERY, keys.QUERY_GROUP)
             return []
         return [fields[1] for _, entries in reply or () for _, fields in entries]
 
@@ -346,42 +347,46 @@ class Broker:
                 if scope.cancelled_caught:
                     raise BrokerUnavailable("blocking read got no answer")
         except GroupMissing:
-            await self._create_group(keys.EVENTS, keys.EVENTS_GROUP)
+            await self.create_group(keys.EVENTS, keys.EVENTS_GROUP)
             return []
         return [(fields[3].decode(), fields[1]) for _, entries in reply or () for _, fields in entries]
 
     # --- leases, instances, registry, inbox --------------------------------------------------------------------------
 
-    async def hold_leases(self, worker_id: str, shards: Sequence[int]) -> list[int]:
+    async def hold_leases(
+        self, worker_id: str, shards: Sequence[int], lease: Callable[[int], str] = keys.lease
+    ) -> list[int]:
         """Take or renew; returns the shards the worker holds now for `keys.LEASE_TTL_MS` more."""
         if not shards:
             return []
         with _passing_errors():
             with anyio.fail_after(COMMAND_SECONDS):
-                held = await self._hold(
-                    keys=[keys.lease(shard) for shard in shards], args=[worker_id, keys.LEASE_TTL_MS]
-                )
+                held = await self._hold(keys=[lease(shard) for shard in shards], args=[worker_id, keys.LEASE_TTL_MS])
         return [shard for shard, mine in zip(shards, held, strict=True) if mine]
 
-    async def free_leases(self, shards: Sequence[int]) -> list[int]:
+    async def free_leases(self, shards: Sequence[int], lease: Callable[[int], str] = keys.lease) -> list[int]:
         """Which of these shards nobody holds."""
-        return [shard for shard, owner in await self._owners(shards) if owner is None]
+        return [shard for shard, owner in await self._owners(shards, lease) if owner is None]
 
     async def foreign_leases(self, worker_id: str, shards: Sequence[int]) -> list[int]:
         """Which of these shards somebody else holds."""
         mine = (None, worker_id.encode())
         return [shard for shard, owner in await self._owners(shards) if owner not in mine]
 
-    async def _owners(self, shards: Sequence[int]) -> list[tuple[int, bytes | None]]:
+    async def _owners(
+        self, shards: Sequence[int], lease: Callable[[int], str] = keys.lease
+    ) -> list[tuple[int, bytes | None]]:
         if not shards:
             return []
-        return list(zip(shards, await self._run("MGET", *map(keys.lease, shards)), strict=True))
+        return list(zip(shards, await self._run("MGET", *map(lease, shards)), strict=True))
 
-    async def release_leases(self, worker_id: str, shards: Sequence[int]) -> None:
+    async def release_leases(
+        self, worker_id: str, shards: Sequence[int], lease: Callable[[int], str] = keys.lease
+    ) -> None:
         """Give up what is still this worker's."""
         if shards:
             with _passing_errors():
-                await self._release(keys=[keys.lease(shard) for shard in shards], args=[worker_id])
+                await self._release(keys=[lease(shard) for shard in shards], args=[worker_id])
 
     async def renew_instance(self, instance_id: str, info: records.InstanceInfo) -> None:
         """Say that this instance lives, for `keys.INSTANCE_TTL_SECONDS`."""

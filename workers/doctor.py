@@ -184,7 +184,7 @@ async def _instances(broker: Broker) -> list[Finding]:
             findings.append(Finding("processes", Level.GOOD, f"{len(names)} {kind} alive"))
     async with httpx2.AsyncClient(timeout=_ASK_SECONDS, trust_env=False) as client:
         for name, info in live.items():
-            if info.kind != "worker":
+            if info.endpoint:
                 findings.append(await _readiness(client, info.kind, name, info.endpoint))
     return findings
 

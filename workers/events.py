@@ -17,6 +17,7 @@ import structlog
 
 from protocol import codec, events
 from workers import metrics
+from workers.agents.tasks import TaskQueue, TaskSink
 from workers.broker import Broker, BrokerUnavailable
 from workers.store.errors import StoreUnavailable
 
@@ -46,7 +47,7 @@ class Sink(Protocol):
 
 async def run(settings: Settings, store: Store, broker: Broker, stopping: anyio.Event) -> None:
     """Hand events over until `stopping`. *Cancellation*: safe anywhere; what is unconfirmed comes again."""
-    sinks: list[Sink] = []
+    sinks: list[Sink] = [TaskSink(store, TaskQueue(broker))]
     async with anyio.create_task_group() as group:
         group.start_soon(_follow, store, broker, sinks, name="events reader")
         group.start_soon(_sweep, store, broker, sinks, name="events sweep")

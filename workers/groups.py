@@ -213,6 +213,9 @@ def _decide_change(record: records.ChangeConversation, owned: Owned, rank: int) 
     change = record.change
     if isinstance(change, records.SetDisappearing):
         return _decide_disappearing(record, change, owned, rank)
+    if isinstance(change, records.AgentNotice):
+        kind = EventKind.AGENT_FAILED if change.in_time else EventKind.AGENT_TIMEOUT
+        return Change(SystemEvent(event=kind, actor=record.actor, targets=[change.message_id]))
     if not owned.is_group:
         return Refused(ErrorCode.FORBIDDEN, "a 1:1 conversation has nothing to manage")
     match change:

@@ -1,14 +1,14 @@
 """Who owns which shard: leases in Redis, spread over the live workers by rendezvous hashing.
 
-Run by the ingest role. A lease organises, it never fences: two owners for a while are allowed, and the unique indexes
-of `messages` keep the log right (reliability.md section 10.4). An owner stops on its own monotonic clock before its
-lease ends.
+Run by the ingest role, and by the agents role over partitions of its own. A lease organises, it never fences: two
+owners for a while are allowed, and the unique indexes of `messages` keep the log right (reliability.md section 10.4).
+An owner stops on its own monotonic clock before its lease ends.
 """
 
 from __future__ import annotations
 
 from hashlib import blake2b
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import anyio
 import structlog
@@ -17,7 +17,7 @@ from protocol import keys, records
 from workers.broker import Broker, BrokerUnavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Awaitable, Callable, Iterable
 
 ROUND_SECONDS = 0.5
 """Between two looks at the leases: one script and two reads. A dead owner's shard is free after 5 s and adopted at the
@@ -47,11 +47,28 @@ def preferred_owner(shard: int, workers: Iterable[str]) -> str | None:
     return max(workers, key=lambda worker: blake2b(f"{shard}:{worker}".encode(), digest_size=8).digest(), default=None)
 
 
+class Estate(NamedTuple):
+    """What is shared out: among instances of which kind, by which keys, and what a part needs before work
+    begins. `prepare`: must whoever has read there before be given time to notice?"""
+
+    kind: str
+    lease: Callable[[int], str]
+    prepare: Callable[[Iterable[int]], Awaitable[bool]]
+
+
 class Leases:
     """The shards this worker holds. `changed` is called after each change, with the shards held now."""
 
-    def __init__(self, broker: Broker, worker_id: str, shards: int, changed: Callable[[frozenset[int]], None]) -> None:
+    def __init__(
+        self,
+        broker: Broker,
+        worker_id: str,
+        shards: int,
+        changed: Callable[[frozenset[int]], None],
+        estate: Estate | None = None,
+    ) -> None:
         self._broker = broker
+        self._estate = estate or Estate("worker", keys.lease, broker.create_ingest_groups)
         self._worker_id = worker_id
         self._shards = shards
         self._changed = changed
@@ -85,7 +102,7 @@ class Leases:
     async def _round(self) -> None:
         """One look: who lives, what should be mine, give up, take and renew."""
         live = await self._broker.live_instances()
-        workers = [name for name, info in live.items() if info.kind == "worker" and not info.draining]
+        workers = [name for name, info in live.items() if info.kind == self._estate.kind and not info.draining]
         if self._worker_id not in workers:
             workers.append(self._worker_id)
         wanted = [shard for shard in range(self._shards) if preferred_owner(shard, workers) == self._worker_id]
@@ -99,11 +116,11 @@ class Leases:
             # next owner has to come behind its waiting read: what that still takes would be found too late, and later
             # messages of the same connection be committed first.
             await anyio.sleep(GIVING_UP_SECONDS)
-            await self._broker.release_leases(self._worker_id, unwanted)
+            await self._broker.release_leases(self._worker_id, unwanted, self._estate.lease)
         asked_at = anyio.current_time()
-        held = await self._broker.hold_leases(self._worker_id, wanted)
+        held = await self._broker.hold_leases(self._worker_id, wanted, self._estate.lease)
         fresh = [shard for shard in held if shard not in self._until]
-        if fresh and await self._broker.create_ingest_groups(fresh):
+        if fresh and await self._estate.prepare(fresh):
             await anyio.sleep(REMADE_SECONDS)
         lost = [shard for shard in wanted if shard in self._until and shard not in set(held)]
         for shard in lost:
@@ -118,7 +135,7 @@ class Leases:
         """Which shards of others to hold for now: those whose owner let the lease end without being seen dead yet."""
         now = anyio.current_time()
         self._adopted = {shard: until for shard, until in self._adopted.items() if shard in foreign and until > now}
-        free = frozenset(await self._broker.free_leases(sorted(foreign - self._until.keys())))
+        free = frozenset(await self._broker.free_leases(sorted(foreign - self._until.keys()), self._estate.lease))
         for shard in free & self._seen_free:
             self._adopted[shard] = now + ADOPTION_SECONDS
         self._seen_free = free
@@ -138,7 +155,7 @@ class Leases:
         shards = list(self._until)
         self._until.clear()
         try:
-            await self._broker.release_leases(self._worker_id, shards)
+            await self._broker.release_leases(self._worker_id, shards, self._estate.lease)
         except BrokerUnavailable as error:
             log.warning("lease_release_failed", error=str(error))
 

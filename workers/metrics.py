@@ -66,6 +66,18 @@ SHARDS_HELD: Final = Gauge("trireme_shards_held", "Shards this process owns")
 EVENTS: Final = Counter("trireme_events_total", "Events by what became of them", ["outcome"])
 """outcome: handed_over; found_again (in the outbox, among the former)."""
 
+# --- agents role -----------------------------------------------------------------------------------------------------
+
+AGENT_TASKS: Final = Counter("trireme_agent_tasks_total", "Messages for agents by what became of them", ["outcome"])
+"""outcome: asked (written down), answered, silent, unanswerable (no agent), timeout, failed, refused (not a member)."""
+AGENT_ROUTING_SECONDS: Final = Histogram(
+    "trireme_agent_routing_seconds",
+    "From a message's place in its log (before its commit) to the call of its agent, for those called at once",
+    buckets=(0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.25, 1.0),
+)
+AGENT_CALL_SECONDS: Final = Histogram("trireme_agent_call_seconds", "One call of an agent", buckets=_READ_BUCKETS)
+AGENT_TASKS_IN_HAND: Final = Gauge("trireme_agent_tasks_in_hand", "Tasks that this process has taken and not finished")
+
 # --- REST role -------------------------------------------------------------------------------------------------------
 
 REST_REQUESTS: Final = Counter("trireme_rest_requests_total", "HTTP requests answered", ["method", "status"])

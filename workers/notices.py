@@ -4,11 +4,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from protocol import codec, frames
 from protocol.frames import ConversationEvent
-from protocol.models import EventKind
+from protocol.models import AGENT_EVENTS, EventKind
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from workers.conversations import Owned
     from workers.projection import Folded
 
+_UNSEEN: Final = AGENT_EVENTS | {EventKind.BANNED, EventKind.UNBANNED}
+"""What leaves the conversation as it was, for those who stay."""
 Notice = tuple["Sequence[str]", bytes]
 """(users, frame)"""
 
@@ -26,7 +28,8 @@ def created(owned: Owned, user_ids: Sequence[str]) -> Notice:
 
 
 def of_event(owned: Owned, kind: EventKind, folded: Folded) -> list[Notice]:
-    """Who hears of a step that has just been folded. Nobody hears of an `unbanned`: no member sees a difference."""
+    """Who hears of a step that has just been folded. Nobody hears of an `unbanned` or of an agent's silence: no member
+    sees a difference."""
     notices: list[Notice] = []
     joined = [membership.user_id for membership in folded.joined]
     if joined:
@@ -34,7 +37,7 @@ def of_event(owned: Owned, kind: EventKind, folded: Folded) -> list[Notice]:
     if folded.left:
         notices.append((folded.left, _update(owned, ConversationEvent.REMOVED)))
     staying = [user_id for user_id in owned.roster if user_id not in joined]
-    is_seen = bool(joined or folded.left) or kind not in (EventKind.BANNED, EventKind.UNBANNED)
+    is_seen = bool(joined or folded.left) or kind not in _UNSEEN
     if staying and is_seen:
         notices.append((staying, _update(owned, ConversationEvent.UPDATED)))
     return notices

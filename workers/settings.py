@@ -160,6 +160,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     which plain http is spoken. None by default: such a URL could reach whatever trusts this machine."""
     agent_classes: str = ""
     """Python agents of this installation: `name=module:Class`, comma-separated; `echo` is there."""
+    intent_classifier: str = ""
+    """Who tells what a message of a plaintext conversation is about: `module:Class`; by its words when empty."""
     worker_metrics_port: Port | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 

@@ -377,7 +377,7 @@ async def test_a_lane_that_may_own_nothing_any_more_reads_nothing(yard: Yard) ->
 
 async def test_a_worker_outlives_a_flush_while_its_leases_move(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
     """FLUSHALL takes the leases too: others may take shards while this lane makes its streams again."""
-    create = yard.broker._create_group
+    create = yard.broker.create_group
     async with run_lane(yard) as lane:
         conv = await yard.create("ann", "bob")
         await yard.send(conv, "ann", "k1")
@@ -388,14 +388,14 @@ async def test_a_worker_outlives_a_flush_while_its_leases_move(yard: Yard, monke
             lane.set_shards(home)
             await create(stream, group)
 
-        monkeypatch.setattr(yard.broker, "_create_group", create_while_leases_move)
+        monkeypatch.setattr(yard.broker, "create_group", create_while_leases_move)
         await yard.broker.client.flushall()
 
         async def is_back() -> bool:
             return bool(await yard.broker.client.exists(*(keys.ingest(shard) for shard in home)))
 
         await eventually(is_back)
-        monkeypatch.setattr(yard.broker, "_create_group", create)
+        monkeypatch.setattr(yard.broker, "create_group", create)
         await yard.open()
         yard.down.clear()
         await yard.send(conv, "ann", "k2")

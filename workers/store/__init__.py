@@ -29,6 +29,7 @@ from pymongo.read_concern import ReadConcern
 from pymongo.write_concern import WriteConcern
 
 from workers.breaker import Breaker
+from workers.store.agent_tasks import AgentTaskStore
 from workers.store.agents import AgentStore
 from workers.store.blocks import BlockStore
 from workers.store.changes import ChangeStore
@@ -117,6 +118,7 @@ class Store:
         self.memberships = MembershipStore(self.db)
         self.events = EventStore(self.db)
         self.agents = AgentStore(self.db)
+        self.agent_tasks = AgentTaskStore(self.db)
         self.media = MediaStore(self.db)
         self.search = SearchReader(self.db)
         self.evidence = EvidenceReader(client, self.db)

@@ -132,6 +132,14 @@ def _account_indexes() -> dict[str, list[IndexModel]]:
                 partialFilterExpression={"is_default": True},
             ),
         ],
+        "agent_tasks": [
+            IndexModel(
+                [("partition", ASCENDING), ("created_at", ASCENDING), ("_id", ASCENDING)],
+                name="waiting",
+                partialFilterExpression={"status": "waiting"},
+            ),
+            IndexModel([("forget_at", ASCENDING)], name=RETENTION_INDEX, expireAfterSeconds=0),
+        ],
         "devices": _device_indexes(),
         "verifications": [
             IndexModel([("verification_id", ASCENDING)], name="verification"),
