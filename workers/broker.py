@@ -23,6 +23,7 @@ from redis.backoff import NoBackoff
 from protocol import codec, keys, records
 from protocol.models import Presence, UserStatus
 from workers.breaker import Breaker, BreakerOpen, guarded
+from workers.entries import StreamEntry, entries_of
 from workers.invalidations import invalidations
 
 if TYPE_CHECKING:
@@ -58,16 +59,6 @@ class BrokerUnavailable(Exception):
 
 class GroupMissing(Exception):
     """The stream or its consumer group does not exist: Redis came back empty."""
-
-
-class StreamEntry(NamedTuple):
-    """One ingest entry. `payload` is None where somebody trimmed it while it was pending. `letter_id`: the dead letter
-    that it is a replay of, "" for what came from a client."""
-
-    shard: int
-    entry_id: bytes
-    payload: bytes | None
-    letter_id: str = ""
 
 
 class Settlement(NamedTuple):
@@ -227,7 +218,7 @@ class Broker:
                 )  # fmt: skip
             if scope.cancelled_caught:
                 raise BrokerUnavailable("blocking read got no answer")
-        return _entries(reply)
+        return entries_of(reply)
 
     async def read_pending(self, shard: int, after: bytes, count: int) -> list[StreamEntry]:
         """Entries of a shard that its previous owner read and did not acknowledge, after an id (b"0" for all)."""
@@ -235,7 +226,7 @@ class Broker:
             "XREADGROUP", "GROUP", keys.INGEST_GROUP, keys.INGEST_CONSUMER,
             "COUNT", count, "STREAMS", keys.ingest(shard), after,
         )  # fmt: skip
-        return _entries(reply)
+        return entries_of(reply)
 
     async def publish_and_settle(
         self,
@@ -565,25 +556,6 @@ class Broker:
 
 def _as_it_comes(response: Any, **options: Any) -> Any:
     return response
-
-
-def _entries(reply: Any) -> list[StreamEntry]:
-    entries = []
-    for stream, items in reply or ():
-        shard = int(stream[stream.rindex(b":") + 1 :])
-        for entry_id, fields in items:
-            if fields is not None and len(fields) == 2:
-                entries.append(StreamEntry(shard, entry_id, fields[1]))
-            else:
-                entries.append(unusual_entry(shard, entry_id, fields))
-    return entries
-
-
-def unusual_entry(shard: int, entry_id: bytes, fields: list[bytes] | None) -> StreamEntry:
-    """Trimmed while it was pending, or the replay of a dead letter."""
-    named = dict(zip(fields[::2], fields[1::2], strict=False)) if fields else {}
-    letter_id = named.get(keys.LETTER_FIELD, b"").decode(errors="replace")
-    return StreamEntry(shard, entry_id, named.get(keys.FIELD), letter_id)
 
 
 def _down_command(instance_id: str, payload: bytes) -> tuple[Any, ...]:

@@ -20,7 +20,7 @@ import structlog
 from protocol import codec, keys, records
 from protocol.models import DLQErrorType
 from workers import metrics
-from workers.broker import Broker, BrokerUnavailable, GroupMissing, StreamEntry
+from workers.broker import Broker, BrokerUnavailable, GroupMissing
 from workers.commit import Committer
 from workers.conversations import Conversations
 from workers.dead_letters import DeadLetters, error_type_of
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from protocol.events import Outgoing
+    from workers.entries import StreamEntry
     from workers.interest import Interest
     from workers.store import Store
     from workers.store.messages import Key

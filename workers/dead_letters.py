@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
     from datetime import datetime
 
-    from workers.broker import StreamEntry
+    from workers.entries import StreamEntry
     from workers.store.dead_letters import DeadLetterStore
     from workers.store.messages import MessageStore
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from protocol import keys
-from workers.broker import GroupMissing, StreamEntry, unusual_entry
+from workers.broker import GroupMissing
+from workers.entries import StreamEntry, unusual_entry
 
 if TYPE_CHECKING:
     from workers.broker import Broker

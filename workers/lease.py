@@ -48,8 +48,8 @@ def preferred_owner(shard: int, workers: Iterable[str]) -> str | None:
 
 
 class Estate(NamedTuple):
-    """What is shared out: among instances of which kind, by which keys, and what a part needs before work
-    begins. `prepare`: must whoever has read there before be given time to notice?"""
+    """What is shared out: among instances of which kind, by which keys, and what a part needs before it is
+    worked on. `prepare`: must whoever has read there before be given time to notice?"""
 
     kind: str
     lease: Callable[[int], str]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from protocol import keys
-from workers.broker import StreamEntry, unusual_entry
+from workers.entries import StreamEntry, unusual_entry
 
 if TYPE_CHECKING:
     from workers.broker import Broker

@@ -25,9 +25,10 @@ from workers.suspects import PROOF, Suspects
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from workers.broker import Broker, StreamEntry
+    from workers.broker import Broker
     from workers.dead_letters import DeadLetters
     from workers.delivery import Down
+    from workers.entries import StreamEntry
     from workers.suspects import Delivered
 
 SUSPECT_DELIVERIES: Final = 2

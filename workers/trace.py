@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
 
     from protocol.models import DeadLetterQueueEntry
-    from workers.broker import Broker, StreamEntry
+    from workers.broker import Broker
+    from workers.entries import StreamEntry
     from workers.store import Store
     from workers.store.journeys import Journey
     from workers.store.messages import Key
