@@ -1,4 +1,4 @@
-"""Entries of the ingest streams as they come from Redis. Called by the broker, and by whoever looks at single entries."""
+"""Entries of the ingest streams as they come from Redis. Called by the broker, and by who looks at single entries."""
 
 from __future__ import annotations
 
