@@ -56,8 +56,7 @@ and the batch it cannot commit: 2,500 by default, 120 MB of messages of the grea
 BATCH_BYTES: Final = 2 * 1024 * 1024
 """Content of one commit: 500 messages of 4 KiB. It bounds the insert and the record that goes to each gateway."""
 MARKS_WAITING: Final = 20_000
-"""Receipts read and not flushed, about 5 MB: more than come within two ticks; past it nothing is read until a flush
-succeeds."""
+"""Receipts read and not flushed, about 5 MB: more than come in two ticks; past it nothing is read before a flush."""
 KEYS_WAITING: Final = 50_000
 """Idempotency keys whose write failed, about 20 MB; past it the oldest are dropped: the messages' own index answers for
 them."""
