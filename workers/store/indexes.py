@@ -24,7 +24,7 @@ collection that is younger than its snapshot."""
 
 def index_models(retention_days: int) -> dict[str, list[IndexModel]]:
     """Collection → its indexes. `_id` is the seed's id everywhere, so no index repeats it (design.md section 6.1)."""
-    return {**_log_indexes(retention_days), **_account_indexes()}
+    return {**_log_indexes(retention_days), **_account_indexes(), **_agent_indexes()}
 
 
 def _message_indexes(retention_days: int) -> list[IndexModel]:
@@ -123,23 +123,6 @@ def _account_indexes() -> dict[str, list[IndexModel]]:
         + [
             _unfinished_index(),
         ],
-        "agents": [
-            IndexModel([("capabilities", ASCENDING)], name="capability"),
-            IndexModel(
-                [("is_default", ASCENDING)],
-                name="one_default",
-                unique=True,
-                partialFilterExpression={"is_default": True},
-            ),
-        ],
-        "agent_tasks": [
-            IndexModel(
-                [("partition", ASCENDING), ("created_at", ASCENDING), ("_id", ASCENDING)],
-                name="waiting",
-                partialFilterExpression={"status": "waiting"},
-            ),
-            IndexModel([("forget_at", ASCENDING)], name=RETENTION_INDEX, expireAfterSeconds=0),
-        ],
         "devices": _device_indexes(),
         "verifications": [
             IndexModel([("verification_id", ASCENDING)], name="verification"),
@@ -159,6 +142,28 @@ def _account_indexes() -> dict[str, list[IndexModel]]:
                 name="upload_order",
             ),
             IndexModel([("claimed_at", ASCENDING)], name=RETENTION_INDEX, expireAfterSeconds=CLAIMED_SECONDS),
+        ],
+    }
+
+
+def _agent_indexes() -> dict[str, list[IndexModel]]:
+    return {
+        "agents": [
+            IndexModel([("capabilities", ASCENDING)], name="capability"),
+            IndexModel(
+                [("is_default", ASCENDING)],
+                name="one_default",
+                unique=True,
+                partialFilterExpression={"is_default": True},
+            ),
+        ],
+        "agent_tasks": [
+            IndexModel(
+                [("partition", ASCENDING), ("created_at", ASCENDING), ("_id", ASCENDING)],
+                name="waiting",
+                partialFilterExpression={"status": "waiting"},
+            ),
+            IndexModel([("forget_at", ASCENDING)], name=RETENTION_INDEX, expireAfterSeconds=0),
         ],
     }
 
