@@ -129,6 +129,10 @@ class Presence(_Lean, tag="presence", gc=False):
     pass
 
 
+class AgentProgress(_Lean, tag="agent_progress", gc=False):
+    pass
+
+
 class ErrorPayload(msgspec.Struct, gc=False):
     code: str
     message: str
@@ -152,6 +156,7 @@ LeanFrame = (
     | ConversationUpdate
     | Typing
     | Presence
+    | AgentProgress
     | Error
 )
 

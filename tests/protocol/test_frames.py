@@ -95,6 +95,15 @@ SERVER_SHAPES: list[tuple[frames.ServerFrame, str]] = [
         '{"type":"typing","payload":{"conversation_id":"conv_1","user_id":"usr_b","state":"start"}}',
     ),
     (
+        frames.AgentProgress(
+            payload=frames.AgentProgressPayload(
+                conversation_id="conv_1", agent_id="agt_1", stage="reading", text="page 1", message_id="msg_1"
+            )
+        ),
+        '{"type":"agent_progress","payload":{"conversation_id":"conv_1","agent_id":"agt_1","stage":"reading",'
+        '"text":"page 1","message_id":"msg_1"}}',
+    ),
+    (
         frames.PresenceNotice(payload=frames.PresencePayload(user_id="usr_b", status=UserStatus.OFFLINE, last_seen=T)),
         '{"type":"presence","payload":{"user_id":"usr_b","status":"offline","last_seen":1732300000000}}',
     ),
