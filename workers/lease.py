@@ -74,6 +74,7 @@ class Leases:
         self._changed = changed
         self._until: dict[int, float] = {}
         self._adopted: dict[int, float] = {}
+        self._told: frozenset[int] = frozenset()
         self._seen_free: frozenset[int] = frozenset()
 
     @property
@@ -111,7 +112,7 @@ class Leases:
         if unwanted:
             for shard in unwanted:
                 del self._until[shard]
-            self._changed(self.held)
+            self._tell()
             # The lane finishes the batch it has in hand; whoever takes over meanwhile is fenced by the indexes. But the
             # next owner has to come behind its waiting read: what that still takes would be found too late, and later
             # messages of the same connection be committed first.
@@ -129,7 +130,14 @@ class Leases:
             self._until[shard] = asked_at + keys.LEASE_TTL_MS / 1000
         if fresh or lost:
             log.info("shards_changed", held=len(self._until), gained=len(fresh), lost=len(lost))
-            self._changed(self.held)
+        # Also where nothing moved: one that was too near its end, when the last word was given, is renewed now.
+        self._tell()
+
+    def _tell(self) -> None:
+        held = self.held
+        if held != self._told:
+            self._told = held
+            self._changed(held)
 
     async def _adopt(self, foreign: frozenset[int]) -> list[int]:
         """Which shards of others to hold for now: those whose owner let the lease end without being seen dead yet."""
@@ -148,7 +156,7 @@ class Leases:
             del self._until[shard]
         if expired:
             log.warning("leases_expired", shards=len(expired))
-            self._changed(held)
+            self._tell()
 
     async def release(self) -> None:
         """Give up everything, for a clean stop. Never raises: the leases end by themselves."""
