@@ -346,6 +346,6 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    # Not on uvloop: a line that is cut in the middle of a handshake closes its socket under libuv, which then aborts the
-    # process (libuv issue 5130).
+    # Not on uvloop: a line that is cut in its handshake closes its socket under libuv, which aborts the process (libuv
+    # issue 5130).
     anyio.run(main)

@@ -34,7 +34,7 @@ _NEVER: Final = float("inf")
 class _Seen:
     """What one device saw. `high`: the pushed sequence behind which the next one has to come."""
 
-    __slots__ = ("asked", "conn", "high", "late_high", "restarted", "runs")
+    __slots__ = ("answered", "asked", "conn", "high", "late_high", "restarted", "runs")
 
     def __init__(self) -> None:
         self.conn = 0
@@ -46,6 +46,7 @@ class _Seen:
         self.runs = Runs()
         self.asked: list[history.Ask] = []
         """Retransmits without an answer yet."""
+        self.answered: list[history.Ask] = []
 
 
 class Views:
@@ -174,7 +175,12 @@ class Views:
 
     def _check_answer(self, event: history.Push, seen: _Seen) -> None:
         numbers = [row.seq for row in event.rows]
-        ask = next((ask for ask in seen.asked if ask.conn == event.conn and ask.first == event.first), None)
+        ask = _question(seen.asked, event)
+        if ask is not None:
+            seen.asked.remove(ask)
+            seen.answered.append(ask)
+        elif (again := _question(seen.answered, event)) and self._timeline.is_disturbed(again.t, event.t):
+            ask = again  # a question that was read twice is answered twice
         if ask is None:
             self._add(
                 "I5b",
@@ -184,7 +190,6 @@ class Views:
                 first=event.first,
             )
             return
-        seen.asked.remove(ask)
         evidence = {"user": event.user, "device": event.dev, "asked": f"{ask.first}..{ask.last}"}
         if event.t > ask.t + ANSWER_SECONDS and not self._timeline.is_disturbed(ask.t, event.t):
             self._add("I11", "a retransmit was answered late", **evidence, seconds=round(event.t - ask.t, 1))
@@ -317,3 +322,7 @@ class Views:
 def _stored(holes: list[tuple[int, int]], log: LogAudit) -> list[tuple[int, int]]:
     """Without those that the log itself has: nobody can be shown what is not there."""
     return [hole for hole in holes if not any(low <= hole[0] and hole[1] <= high for low, high in log.gaps)]
+
+
+def _question(asked: list[history.Ask], answer: history.Push) -> history.Ask | None:
+    return next((ask for ask in asked if ask.conn == answer.conn and ask.first == answer.first), None)

@@ -243,6 +243,16 @@ def answer_a_retransmit_with_a_hole(scene: Scene) -> None:
     )
 
 
+def answer_a_retransmit_twice(scene: Scene) -> None:
+    at = scene.tick()
+    scene.add(history.Ask(t=at, user=ANN, dev="d1", conn=1, conv=PAIR, first=1, last=1))
+    rows = [history.Row(seq=1, mid=scene.message(PAIR, 1)["_id"], sha=sha("pair 1"))]
+    for _ in range(2):
+        scene.add(
+            history.Push(t=at, user=ANN, dev="d1", conn=1, conv=PAIR, rows=rows, origin="retransmit", first=1, last=1)
+        )
+
+
 def leave_pending(scene: Scene) -> None:
     scene.queues = Queues(shards=[ShardQueue(shard=3, length=9, pending=2, unread=0, consumers=1)])
 
@@ -467,6 +477,7 @@ SEEDED: list[tuple[Callable[[Scene], None], set[str]]] = [
     (refuse_what_was_acked, {"I10"}),
     (answer_no_retransmit, {"I11"}),
     (answer_a_retransmit_with_a_hole, {"I11"}),
+    (answer_a_retransmit_twice, {"I5b"}),
     (leave_pending, {"I12"}),
     (bury_what_is_stored, {"I13"}),
     (resolve_what_is_not_stored, {"I13"}),
@@ -521,6 +532,14 @@ def test_a_history_that_ends_in_the_middle_of_a_running_system_is_no_violation()
     scene.setting = msgspec.structs.replace(scene.setting, settled=False)
     for length in range(len(scene.events)):
         assert audit(scene.events[:length], scene.snapshot()) == [], scene.events[length]
+
+
+def test_a_question_that_was_read_twice_in_an_outage_may_be_answered_twice() -> None:
+    scene = quiet_run()
+    at = scene.tick()
+    scene.add(history.Fault(t=at, what="Valkey came back with what it had before", since=at, until=at + 600))
+    answer_a_retransmit_twice(scene)
+    assert broken(scene) == set()
 
 
 def test_a_letter_that_somebody_has_closed_needs_no_message() -> None:
