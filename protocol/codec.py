@@ -167,11 +167,12 @@ decode_system_event = _value_decoder(msgspec.json.Decoder(SystemEvent))
 class _EventType(msgspec.Struct):
     """What an event says it is."""
 
-    type: Literal["trireme.message.received.v1", "trireme.agent.response.v1"]
+    type: Literal["trireme.message.received.v1", "trireme.agent.response.v1", "trireme.webhook.disabled.v1"]
 
 
 _event_type = _value_decoder(msgspec.json.Decoder(_EventType))
 _EVENTS: Final[dict[str, Callable[[bytes], events.Event]]] = {
     events.MESSAGE_RECEIVED: msgspec.json.Decoder(events.CloudEvent[events.MessageReceivedEvent]).decode,
     events.AGENT_RESPONSE: msgspec.json.Decoder(events.CloudEvent[events.AgentResponseEvent]).decode,
+    events.WEBHOOK_DISABLED: msgspec.json.Decoder(events.CloudEvent[events.WebhookDisabledEvent]).decode,
 }

@@ -1,12 +1,14 @@
-"""The seed's two events as CloudEvents 1.0 (https://github.com/cloudevents/spec/blob/v1.0.2/cloudevents/spec.md).
+"""The seed's two events as CloudEvents 1.0 (https://github.com/cloudevents/spec/blob/v1.0.2/cloudevents/spec.md), and
+how they lie in an HTTP request (http-protocol-binding.md beside it).
 
-Written by the workers onto the `events` stream, read by agents and webhooks.
+Written by the workers onto the `events` stream, read by agents, webhooks and apps.
 """
 
 from __future__ import annotations
 
 from datetime import datetime
 from typing import Generic, NamedTuple, TypeVar
+from urllib.parse import quote
 
 import msgspec
 
@@ -38,7 +40,25 @@ class AgentResponseEvent(msgspec.Struct, kw_only=True, frozen=True):
     timestamp: datetime
 
 
-Data = TypeVar("Data", MessageReceivedEvent, AgentResponseEvent)
+class WebhookDisabledEvent(msgspec.Struct, kw_only=True, frozen=True):
+    """Data of `trireme.webhook.disabled.v1`: a webhook gets nothing any more. `reason`: see `webhooks.Reason`."""
+
+    webhook_id: str
+    app: str
+    url: str
+    reason: str
+    failing_since: datetime | None
+    timestamp: datetime
+
+
+class WebhookTestEvent(msgspec.Struct, kw_only=True, frozen=True):
+    """Data of `trireme.webhook.test.v1`: somebody wants to see whether the webhook takes it. Never on the stream."""
+
+    webhook_id: str
+    timestamp: datetime
+
+
+Data = TypeVar("Data", MessageReceivedEvent, AgentResponseEvent, WebhookDisabledEvent, WebhookTestEvent)
 
 
 class CloudEvent(msgspec.Struct, Generic[Data], kw_only=True, frozen=True):
@@ -54,7 +74,10 @@ class CloudEvent(msgspec.Struct, Generic[Data], kw_only=True, frozen=True):
     data: Data
 
 
-Event = CloudEvent[MessageReceivedEvent] | CloudEvent[AgentResponseEvent]
+Event = CloudEvent[MessageReceivedEvent] | CloudEvent[AgentResponseEvent] | CloudEvent[WebhookDisabledEvent]
+
+Sendable = Event | CloudEvent[WebhookTestEvent]
+"""What a webhook may be sent."""
 
 
 class Outgoing(NamedTuple):
@@ -66,6 +89,11 @@ class Outgoing(NamedTuple):
 
 MESSAGE_RECEIVED = "trireme.message.received.v1"
 AGENT_RESPONSE = "trireme.agent.response.v1"
+WEBHOOK_DISABLED = "trireme.webhook.disabled.v1"
+WEBHOOK_TEST = "trireme.webhook.test.v1"
+
+STRUCTURED_TYPE = "application/cloudevents+json"
+BINARY_TYPE = "application/json"
 
 
 def message_received(data: MessageReceivedEvent) -> CloudEvent[MessageReceivedEvent]:
@@ -90,6 +118,48 @@ def agent_response(message_id: str, data: AgentResponseEvent) -> CloudEvent[Agen
         subject=data.conversation_id,
         data=data,
     )
+
+
+def webhook_disabled(data: WebhookDisabledEvent) -> CloudEvent[WebhookDisabledEvent]:
+    """The notice of one webhook that was disabled; its id says which time, so a repeat is recognised."""
+    return CloudEvent(
+        id=f"{data.webhook_id}.{int(data.timestamp.timestamp() * 1000)}",
+        source=f"/webhooks/{data.webhook_id}",
+        type=WEBHOOK_DISABLED,
+        time=data.timestamp,
+        subject=data.webhook_id,
+        data=data,
+    )
+
+
+def webhook_test(event_id: str, data: WebhookTestEvent) -> CloudEvent[WebhookTestEvent]:
+    """The event of one test."""
+    return CloudEvent(
+        id=event_id,
+        source=f"/webhooks/{data.webhook_id}",
+        type=WEBHOOK_TEST,
+        time=data.timestamp,
+        subject=data.webhook_id,
+        data=data,
+    )
+
+
+def binary_headers(event: Sendable) -> dict[str, str]:
+    """Binary mode: the attributes as headers; the body is the data alone, as `BINARY_TYPE`."""
+    time = event.time.isoformat().replace("+00:00", "Z")
+    attributes = {
+        "id": event.id,
+        "source": event.source,
+        "type": event.type,
+        "specversion": event.specversion,
+        "time": time,
+        "subject": event.subject,
+    }
+    return {f"ce-{name}": quote(value, safe=_UNQUOTED) for name, value in attributes.items()}
+
+
+_UNQUOTED = "".join(chr(code) for code in range(0x21, 0x7F) if chr(code) not in '"%')
+"""The binding, section 3.1.3.2: all but these and what is not printable ASCII goes as it is."""
 
 
 def event_of(message: MessageReceivedEvent, agent_id: str, user_id: str) -> Event:

@@ -1,8 +1,9 @@
 """Circuit breakers: whoever can be told "not now" is told so at once, instead of waiting for a server that is away.
 
-Three servers have one: MongoDB and Redis for the requests of REST and the queries of gateways, and the webhook. The
-commit path asks none of them: an entry stays pending until it is committed, so its owner tries again however often that
-failed. Neither do leases and instances, which must be the first to notice that a server is back.
+MongoDB and Redis have one for the requests of REST and the queries of gateways; so have the webhook of codes and every
+host of apps' webhooks. The commit path asks none of them: an entry stays pending until it is committed, so its owner
+tries again however often that failed. Neither do leases and instances, which must be the first to notice that a server
+is back.
 
 A request is *guarded* where it begins (`guarding`); the seams report to its breakers, and refuse while one is open
 (`passing`). Open, one call is let through after `open_seconds`, or earlier one of `probe`: the half-open probe. What it
@@ -46,8 +47,10 @@ class BreakerOpen(Exception):
 class Breaker:
     """Counts failures in a row. Every method is atomic."""
 
-    def __init__(self, name: str, failures: int, open_seconds: float) -> None:
+    def __init__(self, name: str, failures: int, open_seconds: float, *, host: str = "") -> None:
+        """`host`: of one of many with this name; whoever has them shows how many are open."""
         self.name = name
+        self.host = host
         self.opened = anyio.Event()
         """Set while it is not closed."""
         self._limit = failures
@@ -55,11 +58,17 @@ class Breaker:
         self._failures = 0
         self._state = State.CLOSED
         self._until = 0.0
-        metrics.BREAKERS.labels(name).set(State.CLOSED)
+        if not host:
+            metrics.BREAKERS.labels(name).set(State.CLOSED)
 
     @property
     def state(self) -> State:
         return self._state
+
+    @property
+    def wait_seconds(self) -> float:
+        """Until the next call may be made, as far as is known; 0 for now."""
+        return 0.0 if self._state is State.CLOSED else max(self._until - anyio.current_time(), 0.0)
 
     def admit(self) -> None:
         """May this call be made? Raises BreakerOpen. Who was admitted says how it went."""
@@ -94,10 +103,12 @@ class Breaker:
         if state is self._state:
             return
         before, self._state = self._state, state
-        metrics.BREAKERS.labels(self.name).set(state)
+        if not self.host:
+            metrics.BREAKERS.labels(self.name).set(state)
         log.warning(
             "breaker_turned",
             service=self.name,
+            host=self.host,
             before=before.name.lower(),
             now=state.name.lower(),
             failures=self._failures,

@@ -3,7 +3,7 @@
 The ingest role appends events to the `events` stream right after the commit; this role hands them to the sinks, which
 write down what they will do, and confirms them in the outbox (`store.events`). What the stream lost, or a dead process
 did not confirm, is found in the outbox and handed over again, to the stream as well: consumers tell repeats by the
-event's id.
+event's id. The webhooks' queues are one such sink (`workers/webhooks`), and what is queued is sent from here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from protocol import codec, events
 from workers import metrics
 from workers.agents.tasks import TaskQueue, TaskSink
 from workers.broker import Broker, BrokerUnavailable
+from workers.egress import open_egress
 from workers.store.errors import StoreUnavailable
+from workers.webhooks.couriers import Couriers
+from workers.webhooks.sink import WebhookSink
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,6 +35,7 @@ BLOCK_MS: Final = 1000
 OVERDUE_SECONDS: Final = 10.0
 """Unconfirmed for so long after its commit, an event was lost on its way."""
 SWEEP_SECONDS: Final = 5.0
+NOTICE_SECONDS: Final = 2.0
 _PAUSE_SECONDS: Final = 0.5
 
 log = structlog.get_logger(__name__)
@@ -47,10 +51,13 @@ class Sink(Protocol):
 
 async def run(settings: Settings, store: Store, broker: Broker, stopping: anyio.Event) -> None:
     """Hand events over until `stopping`. *Cancellation*: safe anywhere; what is unconfirmed comes again."""
-    sinks: list[Sink] = [TaskSink(store, TaskQueue(broker))]
-    async with anyio.create_task_group() as group:
+    async with open_egress(settings.egress_allow) as egress, anyio.create_task_group() as group:
+        couriers = Couriers(store, egress, settings, _now)
+        sinks: list[Sink] = [TaskSink(store, TaskQueue(broker)), WebhookSink(store, _now, couriers.news)]
+        group.start_soon(couriers.run, name="couriers")
         group.start_soon(_follow, store, broker, sinks, name="events reader")
         group.start_soon(_sweep, store, broker, sinks, name="events sweep")
+        group.start_soon(_tell, store, broker, sinks, name="events notices")
         await stopping.wait()
         group.cancel_scope.cancel()
 
@@ -80,7 +87,7 @@ async def _sweep(store: Store, broker: Broker, sinks: Sequence[Sink]) -> None:
     while True:
         await anyio.sleep(SWEEP_SECONDS)
         try:
-            await sweep(store, broker, sinks, datetime.now(UTC) - timedelta(seconds=OVERDUE_SECONDS))
+            await sweep(store, broker, sinks, _now() - timedelta(seconds=OVERDUE_SECONDS))
         except (BrokerUnavailable, StoreUnavailable) as error:
             log.warning("events_sweep_waits", error=str(error)[:200])
 
@@ -96,3 +103,38 @@ async def sweep(store: Store, broker: Broker, sinks: Sequence[Sink], before: dat
         if len(batch) < BATCH:
             break
     return swept
+
+
+async def _tell(store: Store, broker: Broker, sinks: Sequence[Sink]) -> None:
+    while True:
+        await anyio.sleep(NOTICE_SECONDS)
+        try:
+            await tell(store, broker, sinks)
+        except (BrokerUnavailable, StoreUnavailable) as error:
+            log.warning("events_notices_wait", error=str(error)[:200])
+
+
+async def tell(store: Store, broker: Broker, sinks: Sequence[Sink]) -> None:
+    """Of webhooks that were disabled: to the sinks, and to the stream. Raises BrokerUnavailable, StoreUnavailable: the
+    notices stay due."""
+    for notice in await store.webhooks.notices():
+        webhook = notice.webhook
+        data = events.WebhookDisabledEvent(
+            webhook_id=webhook.webhook_id,
+            app=webhook.app,
+            url=webhook.url,
+            reason="" if webhook.status_reason is None else webhook.status_reason.value,
+            failing_since=webhook.failing_since,
+            timestamp=notice.due,
+        )
+        event = events.webhook_disabled(data)
+        for sink in sinks:
+            await sink.take([event])
+        await broker.append_events([events.Outgoing("", event)])
+        await store.webhooks.told(notice)
+        metrics.EVENTS.labels("handed_over").inc()
+
+
+def _now() -> datetime:
+    """The one place where this role reads the clock."""
+    return datetime.now(UTC)

@@ -66,6 +66,23 @@ SHARDS_HELD: Final = Gauge("trireme_shards_held", "Shards this process owns")
 EVENTS: Final = Counter("trireme_events_total", "Events by what became of them", ["outcome"])
 """outcome: handed_over; found_again (in the outbox, among the former)."""
 
+WEBHOOK_TRIES: Final = Counter("trireme_webhook_tries_total", "Requests to webhooks by their outcome", ["outcome"])
+"""outcome: delivered, transient, permanent (not tried again), blocked (where nobody goes), gone (410)."""
+WEBHOOK_SECONDS: Final = Histogram(
+    "trireme_webhook_try_seconds", "From a request to a webhook to its outcome", buckets=(*_READ_BUCKETS, 10.0)
+)
+WEBHOOK_DELAY_SECONDS: Final = Histogram(
+    "trireme_webhook_delay_seconds",
+    "From an event's time to its arrival at a webhook",
+    buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0, 600.0, 3600.0, 86_400.0),
+)
+WEBHOOKS_CARRIED: Final = Gauge("trireme_webhooks_carried", "Enabled webhooks that this process sends to")
+WEBHOOKS_DISABLED: Final = Counter("trireme_webhooks_disabled_total", "Webhooks disabled from here", ["reason"])
+"""reason: failed, gone, backlog, by_hand."""
+WEBHOOKS_SPARED: Final = Gauge("trireme_webhook_hosts_spared", "Hosts of webhooks whose breaker is not closed")
+WEBHOOK_WAITING: Final = Gauge("trireme_webhook_deliveries_waiting", "Deliveries queued for the webhooks carried here")
+WEBHOOK_LONGEST: Final = Gauge("trireme_webhook_longest_queue", "Deliveries queued for one webhook, at most")
+
 # --- agents role -----------------------------------------------------------------------------------------------------
 
 AGENT_TASKS: Final = Counter("trireme_agent_tasks_total", "Messages for agents by what became of them", ["outcome"])

@@ -8,9 +8,6 @@ Called by the REST role. The webhook is whatever the operator has that sends SMS
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import hmac
 import random
 import secrets
 import time
@@ -22,6 +19,7 @@ import httpx2
 import msgspec
 import structlog
 
+from protocol import webhooks
 from workers.breaker import Breaker, BreakerOpen
 
 if TYPE_CHECKING:
@@ -33,18 +31,9 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-TRIES: Final = 3
-FIRST_RETRY_SECONDS: Final = 0.2
-LONGEST_RETRY_SECONDS: Final = 10.0
-_JITTER: Final = 0.2
-"""Reliability.md section 11, "HTTP to agents and webhooks"; so are the next two and `_TRANSIENT`."""
-FAILURES_TO_OPEN: Final = 3
-OPEN_SECONDS: Final = 60.0
 _TRY_SECONDS: Final = 5.0
 _AT_ONCE: Final = 32
 """Deliveries under way: a webhook that hangs holds no more requests than these."""
-_TRANSIENT: Final = frozenset((429, 500, 502, 503, 504))
-_SECRET_PREFIX: Final = "whsec_"
 
 
 class SendFailed(Exception):
@@ -85,9 +74,9 @@ class WebhookSender:
         """`secret`: `whsec_` and Base64. Raises ValueError for any other."""
         self._client = client
         self._url = url
-        self._key = base64.b64decode(secret.removeprefix(_SECRET_PREFIX), validate=True)
+        self._key = webhooks.key_of(secret)
         self._room = anyio.CapacityLimiter(_AT_ONCE)
-        self._breaker = Breaker("webhook", FAILURES_TO_OPEN, OPEN_SECONDS)
+        self._breaker = Breaker("webhook", webhooks.FAILURES_TO_OPEN, webhooks.OPEN_SECONDS)
 
     async def send(self, target: Target, code: str, expires_at: datetime) -> None:
         """See `Sender.send`. Redirects are not followed: a code goes where the operator said or nowhere."""
@@ -114,10 +103,10 @@ class WebhookSender:
         data = {"channel": target.field, "to": target.key, "code": code, "expires_at": expires_at}
         body = msgspec.json.encode({"type": "verification.code", "data": data})
         reason = ""
-        for number in range(TRIES):
+        for number in range(webhooks.TRIES):
             if number:
-                delay = min(FIRST_RETRY_SECONDS * 2 ** (number - 1), LONGEST_RETRY_SECONDS)
-                await anyio.sleep(delay * random.uniform(1 - _JITTER, 1 + _JITTER))
+                delay = webhooks.quick_retry_seconds(number)
+                await anyio.sleep(delay * random.uniform(1 - webhooks.JITTER, 1 + webhooks.JITTER))
             try:
                 with anyio.fail_after(_TRY_SECONDS):
                     status = await self._post(message_id, body)
@@ -127,7 +116,7 @@ class WebhookSender:
             if 200 <= status < 300:
                 return
             reason = f"status {status}"
-            if status not in _TRANSIENT:
+            if status not in webhooks.TRANSIENT:
                 if 400 <= status < 500:
                     raise SendRefused(f"the webhook refused it: {reason}")
                 break
@@ -140,16 +129,10 @@ class WebhookSender:
             "content-type": "application/json",
             "webhook-id": message_id,
             "webhook-timestamp": timestamp,
-            "webhook-signature": signature(self._key, message_id, timestamp, body),
+            "webhook-signature": webhooks.signature([self._key], message_id, timestamp, body),
         }
         async with self._client.stream("POST", self._url, content=body, headers=headers) as response:
             return response.status_code
-
-
-def signature(key: bytes, message_id: str, timestamp: str, body: bytes) -> str:
-    """Standard Webhooks: HMAC-SHA256 over `id.timestamp.body`, Base64, with its version."""
-    signed = b".".join((message_id.encode(), timestamp.encode(), body))
-    return "v1," + base64.b64encode(hmac.digest(key, signed, hashlib.sha256)).decode()
 
 
 @asynccontextmanager

@@ -162,6 +162,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Python agents of this installation: `name=module:Class`, comma-separated; `echo` is there."""
     intent_classifier: str = ""
     """Who tells what a message of a plaintext conversation is about: `module:Class`; by its words when empty."""
+    webhook_disable_seconds: Annotated[int, Meta(ge=1, le=31_536_000)] = 5 * 86_400
+    """A webhook that has taken nothing for so long, though it was tried ten times, is disabled: as long as a dead
+    letter is tried again."""
+    webhook_backlog: Annotated[int, Meta(ge=1, le=100_000_000)] = 100_000
+    """Deliveries that wait for one webhook (300 bytes each): past it the webhook is disabled. What it missed is in the
+    log, and can be replayed."""
     worker_metrics_port: Port | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 

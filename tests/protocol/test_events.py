@@ -6,16 +6,19 @@ from datetime import UTC, datetime
 
 import msgspec
 import pytest
-from cloudevents.core.bindings.http import HTTPMessage, from_structured_event
+from cloudevents.core.bindings.http import HTTPMessage, from_binary_event, from_structured_event
 
 from protocol import codec
 from protocol.events import (
     AgentResponseEvent,
     CloudEvent,
     MessageReceivedEvent,
+    WebhookDisabledEvent,
     agent_response,
+    binary_headers,
     event_of,
     message_received,
+    webhook_disabled,
 )
 from protocol.models import MessageType
 
@@ -78,8 +81,14 @@ def test_an_agents_message_is_an_answer_and_everybody_elses_was_received() -> No
     assert (answer.id, answer.data.response, answer.data.user_id) == ("msg_1", "x", "usr_a")
 
 
-def test_the_official_sdk_reads_both_and_so_do_we() -> None:
-    for event in (message_received(RECEIVED), agent_response("msg_2", ANSWERED)):
+DISABLED = WebhookDisabledEvent(
+    webhook_id="whk_1", app="crm", url="https://h.example/", reason="gone", failing_since=None, timestamp=NOW
+)
+ALL = (message_received(RECEIVED), agent_response("msg_2", ANSWERED), webhook_disabled(DISABLED))
+
+
+def test_the_official_sdk_reads_them_in_structured_mode_and_so_do_we() -> None:
+    for event in ALL:
         body = codec.encode_value(event)
         read = from_structured_event(HTTPMessage({"content-type": "application/cloudevents+json"}, body))
         assert (read.get_id(), read.get_type(), read.get_source()) == (event.id, event.type, event.source)
@@ -89,3 +98,21 @@ def test_the_official_sdk_reads_both_and_so_do_we() -> None:
     for garbage in (b"", b"{}", b'{"type":"other"}', b'{"type":"trireme.message.received.v1"}'):
         with pytest.raises(msgspec.DecodeError):
             codec.decode_event(garbage)
+
+
+def test_the_official_sdk_reads_them_in_binary_mode() -> None:
+    for event in ALL:
+        headers = {**binary_headers(event), "content-type": "application/json"}
+        read = from_binary_event(HTTPMessage(headers, codec.encode_value(event.data)))
+        assert (read.get_id(), read.get_type(), read.get_source()) == (event.id, event.type, event.source)
+        assert (read.get_specversion(), read.get_time(), read.get_subject()) == ("1.0", NOW, event.subject)
+        assert read.get_data() == msgspec.to_builtins(event.data)
+
+
+@pytest.mark.parametrize("odd", ["a b", 'say "hi"', "50%", "zwölf", "€😀", "x\r\nX-Evil: 1", "\x00"])
+def test_whatever_an_attribute_says_it_is_one_ascii_header_that_the_sdk_reads_back(odd: str) -> None:
+    event = msgspec.structs.replace(ALL[0], subject=odd)
+    headers = binary_headers(event)
+    assert all(0x21 <= ord(character) <= 0x7E for value in headers.values() for character in value)
+    read = from_binary_event(HTTPMessage({**headers, "content-type": "application/json"}, b"{}"))
+    assert read.get_subject() == odd

@@ -16,13 +16,14 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from workers import senders
+from protocol import webhooks
 from workers.senders import SendFailed, open_sender
 from workers.store.verifications import Target
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from workers import senders
     from workers.settings import Settings
 
 pytestmark = pytest.mark.anyio
@@ -110,7 +111,7 @@ async def test_a_code_is_posted_with_a_signature_that_verifies(settings: Setting
 async def test_what_may_pass_is_tried_three_times_and_what_cannot_once(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, statuses: tuple[int, ...], tries: int, taken: bool
 ) -> None:
-    monkeypatch.setattr(senders, "FIRST_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(webhooks, "FIRST_RETRY_SECONDS", 0.01)
     async with hooked(settings, *statuses) as (hook, sender):
         if taken:
             await sender.send(ANN, "123456", END)
@@ -124,7 +125,7 @@ async def test_what_may_pass_is_tried_three_times_and_what_cannot_once(
 async def test_a_webhook_that_fails_again_and_again_is_left_alone_for_a_while(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(senders, "FIRST_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(webhooks, "FIRST_RETRY_SECONDS", 0.01)
     async with hooked(settings, *(503,) * 9, 200) as (hook, sender):
         for _ in range(5):
             with pytest.raises(SendFailed):
@@ -150,7 +151,7 @@ async def test_numbers_that_cannot_be_reached_keep_nobody_else_from_their_codes(
 async def test_a_refusal_shows_that_the_webhook_is_up_again(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(senders, "FIRST_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(webhooks, "FIRST_RETRY_SECONDS", 0.01)
     async with hooked(settings, *(503,) * 6, 400, *(503,) * 6, 204) as (hook, sender):
         for _ in range(5):
             with pytest.raises(SendFailed):

@@ -37,6 +37,7 @@ from workers.store.condition import Condition, look
 from workers.store.contacts import ContactStore
 from workers.store.conversations import ConversationStore
 from workers.store.dead_letters import DeadLetterStore
+from workers.store.deliveries import DeliveryStore
 from workers.store.device_keys import DeviceKeyStore
 from workers.store.devices import DeviceStore
 from workers.store.driver import mend_driver
@@ -56,6 +57,7 @@ from workers.store.search import SearchReader
 from workers.store.stays import StayReader
 from workers.store.users import UserStore
 from workers.store.verifications import VerificationStore
+from workers.store.webhooks import WebhookStore
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -119,6 +121,8 @@ class Store:
         self.events = EventStore(self.db)
         self.agents = AgentStore(self.db)
         self.agent_tasks = AgentTaskStore(self.db)
+        self.webhooks = WebhookStore(self.db)
+        self.deliveries = DeliveryStore(self.db)
         self.media = MediaStore(self.db)
         self.search = SearchReader(self.db)
         self.evidence = EvidenceReader(client, self.db)

@@ -17,14 +17,19 @@ SCOPED_KEY_INDEX: Final = "scoped_idempotency_key"
 RETENTION_INDEX: Final = "retention"
 SYSTEM_INDEX: Final = "system_messages"
 """Partial index over a group's system messages: its state is the fold of them."""
-PLAIN_COLLECTIONS: Final = ("sequence_numbers", "device_lists")
+PLAIN_COLLECTIONS: Final = ("sequence_numbers", "device_lists", "webhooks")
 """Collections that need `_id` only. Made at start all the same: a snapshot read (`heads.py`) refuses a
 collection that is younger than its snapshot."""
 
 
 def index_models(retention_days: int) -> dict[str, list[IndexModel]]:
     """Collection → its indexes. `_id` is the seed's id everywhere, so no index repeats it (design.md section 6.1)."""
-    return {**_log_indexes(retention_days), **_account_indexes(), **_agent_indexes()}
+    return {
+        **_log_indexes(retention_days),
+        **_account_indexes(),
+        **_agent_indexes(),
+        "webhook_deliveries": _delivery_indexes(),
+    }
 
 
 def _message_indexes(retention_days: int) -> list[IndexModel]:
@@ -86,6 +91,23 @@ def _log_indexes(retention_days: int) -> dict[str, list[IndexModel]]:
             IndexModel([("expires_at", ASCENDING)], name=RETENTION_INDEX, expireAfterSeconds=0),
         ],
     }
+
+
+def _delivery_indexes() -> list[IndexModel]:
+    return [
+        IndexModel(
+            [("webhook_id", ASCENDING), ("place", ASCENDING)],
+            name="queue",
+            partialFilterExpression={"status": "pending"},
+        ),
+        IndexModel(
+            [("webhook_id", ASCENDING), ("next_try_at", ASCENDING)],
+            name="dead",
+            partialFilterExpression={"status": "failed"},
+        ),
+        IndexModel([("webhook_id", ASCENDING), ("queued_at", DESCENDING), ("_id", DESCENDING)], name="newest"),
+        IndexModel([("expires_at", ASCENDING)], name=RETENTION_INDEX, expireAfterSeconds=0),
+    ]
 
 
 def _device_indexes() -> list[IndexModel]:
