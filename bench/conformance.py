@@ -33,6 +33,8 @@ EXAMPLES: Final = 100
 PHASES: Final = "examples,coverage,fuzzing,stateful"
 LONGEST_SECONDS: Final = 3600.0
 GROUPS: Final = 4
+HOOK_URL: Final = "http://127.0.0.1:9/"
+"""Where nobody listens."""
 DEVICE: Final = "phone-1"
 _SCHEMAS: Final = "#/components/schemas/"
 _CLOSED: Final = "Closed"
@@ -46,6 +48,9 @@ JUDGED: Final = {
     "create_conversation": "users that exist and an agent that is registered, two of them in a 1:1 conversation",
     "edit_message": "a message that has content",
     "complete_media": "an upload whose bytes are there",
+    "create_webhook": "a URL that leads to a public address",
+    "change_webhook": "a URL that leads to a public address",
+    "replay_webhook": "a span that begins before it ends, and in the past",
     "put_identity": "a good signature",
     "add_one_time_keys": "good signatures",
     "send_message": "media or content, a reply to a message of the same conversation",
@@ -65,6 +70,7 @@ class Cast(msgspec.Struct, frozen=True):
     users: list[str]
     conversations: list[str]
     messages: list[str]
+    webhooks: list[str]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -163,12 +169,16 @@ def configuration(cast: Cast) -> str:
         "conversations": cast.conversations,
         "messages": cast.messages,
         "devices": [DEVICE],
+        "webhooks": cast.webhooks,
+        "urls": [HOOK_URL],
     }
     bindings = {
         "path.conversation_id": "conversations",
         "path.message_id": "messages",
         "path.user_id": "users",
         "path.device_id": "devices",
+        "path.webhook_id": "webhooks",
+        "body.url": "urls",
         "body.participants[*]": "users",
         "body.user_ids[*]": "users",
         "body.user_id": "users",
@@ -211,7 +221,9 @@ async def _set_scene(rest_url: str, admin_token: str) -> Cast:
             await api.create_conversation("1:1", [users[1]], tokens[0]),
         ]
         messages = [await _say(api, room, token) for room in conversations for token in tokens[:2]]
-    return Cast(tokens[0], admin_token, users, conversations, messages)
+        hook = await api.call("POST", "/v1/webhooks", admin_token, {"app": "conformance", "url": HOOK_URL})
+        assert isinstance(hook, dict), hook
+    return Cast(tokens[0], admin_token, users, conversations, messages, [hook["webhook"]["_id"]])
 
 
 async def _say(api: HttpApi, conversation_id: str, token: str) -> str:

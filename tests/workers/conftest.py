@@ -16,6 +16,7 @@ from tests.workers.seeding import Rest
 from workers import ingest
 from workers.broker import Broker, open_broker
 from workers.codes import Codes
+from workers.egress import open_egress
 from workers.instances import Instance
 from workers.rest import app
 from workers.rest.desk import Desk
@@ -116,7 +117,7 @@ async def rest_without_owner(settings: Settings, store: Store, broker: Broker) -
 async def desk(settings: Settings, store: Store, broker: Broker, rest: Rest) -> AsyncIterator[Desk]:
     """A second REST process' desk, beside the one that serves."""
     instance = Instance(broker, "rest_second", records.InstanceInfo("rest", "http://second", 0, False))
-    async with anyio.create_task_group() as group:
+    async with open_egress("") as egress, anyio.create_task_group() as group:
         await group.start(instance.run)
         yield Desk(
             settings,
@@ -126,5 +127,6 @@ async def desk(settings: Settings, store: Store, broker: Broker, rest: Rest) -> 
             Tokens(settings.jwt_private_key),
             Codes(settings, store, NoSender()),
             None,
+            egress,
         )
         group.cancel_scope.cancel()

@@ -14,6 +14,7 @@ from protocol.errors import AuthErrorCode
 from protocol.models import User, UserStatus
 from workers.broker import BrokerUnavailable, open_broker
 from workers.codes import Codes
+from workers.egress import open_egress
 from workers.instances import Instance
 from workers.query import QueryRole
 from workers.rest import upkeep
@@ -128,21 +129,22 @@ async def test_what_was_revoked_while_redis_was_away_is_said_by_upkeep(
             await revoke_device(store, away, "ann", "phone", T0 + 5)
     instance = Instance(broker, "rest_1", records.InstanceInfo("rest", "http://one", 0, False))
     codes = Codes(settings, store, NoSender())
-    desk = Desk(settings, store, broker, instance, Tokens(settings.jwt_private_key), codes, None)
-    async with broker.client.pubsub() as heard:
-        await heard.subscribe(keys.user_channel("ann"))
-        while await upkeep.finish_one(desk, -(10**9)):
-            pass
-        while (message := await heard.get_message(timeout=5)) is None or message["type"] != "message":
-            continue
-        assert codec.decode_signal(message["data"]) == records.Revoked("phone", T0 + 6)
-    assert not await is_good(store, broker, "ann", "phone", T0)
-    await log_in(store, "laptop")
-    await log_in(store, "tablet")
-    await revoke_device(store, broker, "ann", "laptop", T0 + 7)
-    await revoke_others(store, broker, "ann", "tablet", T0 + 8)
-    await revoke_others(store, broker, "ann", None, T0 + 9)
-    assert not await upkeep.finish_one(desk, -(10**9)), "what was said is not said again"
+    async with open_egress("") as egress:
+        desk = Desk(settings, store, broker, instance, Tokens(settings.jwt_private_key), codes, None, egress)
+        async with broker.client.pubsub() as heard:
+            await heard.subscribe(keys.user_channel("ann"))
+            while await upkeep.finish_one(desk, -(10**9)):
+                pass
+            while (message := await heard.get_message(timeout=5)) is None or message["type"] != "message":
+                continue
+            assert codec.decode_signal(message["data"]) == records.Revoked("phone", T0 + 6)
+        assert not await is_good(store, broker, "ann", "phone", T0)
+        await log_in(store, "laptop")
+        await log_in(store, "tablet")
+        await revoke_device(store, broker, "ann", "laptop", T0 + 7)
+        await revoke_others(store, broker, "ann", "tablet", T0 + 8)
+        await revoke_others(store, broker, "ann", None, T0 + 9)
+        assert not await upkeep.finish_one(desk, -(10**9)), "what was said is not said again"
 
 
 async def test_gateways_hear_which_tokens_are_void(store: Store, broker: Broker) -> None:

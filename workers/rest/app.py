@@ -19,6 +19,7 @@ from protocol import codec, keys, records, specification
 from workers import orphans
 from workers.breaker import Breakers, guarding
 from workers.codes import Codes
+from workers.egress import open_egress
 from workers.instances import Instance
 from workers.objects import Objects
 from workers.rest import (
@@ -27,6 +28,7 @@ from workers.rest import (
     blocks,
     conversations,
     dead_letters,
+    deliveries,
     device_keys,
     devices,
     health,
@@ -42,6 +44,7 @@ from workers.rest import (
     traces,
     upkeep,
     users,
+    webhooks,
 )
 from workers.rest.bodies import StrictRequest
 from workers.rest.desk import Desk, now_ms
@@ -122,6 +125,18 @@ ROUTES: Final = [
     dead_letters.read_dead_letter,
     dead_letters.replay_dead_letter,
     dead_letters.resolve_dead_letter,
+    webhooks.create_webhook,
+    webhooks.list_webhooks,
+    webhooks.read_webhook,
+    webhooks.change_webhook,
+    webhooks.delete_webhook,
+    webhooks.enable_webhook,
+    webhooks.disable_webhook,
+    webhooks.rotate_secret,
+    webhooks.test_webhook,
+    webhooks.replay_webhook,
+    deliveries.list_deliveries,
+    deliveries.replay_delivery,
     traces.trace_message,
     health.live,
     health.ready,
@@ -149,9 +164,13 @@ async def run(settings: Settings, store: Store, broker: Broker, stopping: anyio.
     endpoint = settings.rest_url or f"http://{settings.rest_host}:{settings.rest_port}"
     info = records.InstanceInfo("rest", endpoint, 0, False)
     instance = Instance(broker, keys.new_id("rest", now_ms(), secrets.randbits(64)), info)
-    async with open_sender(settings) as sender, anyio.create_task_group() as group:
+    async with (
+        open_sender(settings) as sender,
+        open_egress(settings.egress_allow) as egress,
+        anyio.create_task_group() as group,
+    ):
         objects = Objects(settings) if settings.s3_url else None
-        desk = Desk(settings, store, broker, instance, tokens, Codes(settings, store, sender), objects)
+        desk = Desk(settings, store, broker, instance, tokens, Codes(settings, store, sender), objects, egress)
         await group.start(instance.run, name="rest instance")
         group.start_soon(upkeep.run, desk, name="rest upkeep")
         if objects is not None:

@@ -11,6 +11,7 @@ from litestar.di import NamedDependency
 from protocol import keys
 from workers.broker import Broker
 from workers.codes import Codes
+from workers.egress import Egress
 from workers.instances import Instance
 from workers.objects import Objects
 from workers.settings import Settings
@@ -34,6 +35,7 @@ class Desk(msgspec.Struct, frozen=True):
     codes: Codes
     objects: Objects | None
     """None: this installation has no media."""
+    egress: Egress
 
     def new_id(self, prefix: str) -> str:
         """A fresh time-ordered id."""
