@@ -1,4 +1,4 @@
-"""What a row of `bounds.py` says. Rows are in `bound_rows.py` and `bound_rows_apps.py`."""
+"""What a row of `bounds.py` says. Rows are in `bound_rows.py`, `bound_rows_apps.py` and `bound_rows_push.py`."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from typing import Final
 from bench.bound import Bound
 from bench.bound_rows_agents import AGENTS
 from bench.bound_rows_apps import APPS
+from bench.bound_rows_push import PUSHES
 
 _CONNECTION: Final = "One connection"
 _GATEWAY: Final = "A gateway"
@@ -285,7 +286,7 @@ BOUNDS: Final = (
             "workers.conversations.Conversations._owned",
             "workers.conversations.Conversations.lazy",
             "workers.conversations.Conversations.replied",
-            "workers.consumer.Lane._heads",
+            "workers.ends.Ends._heads",
         ),
     ),
     Bound(
@@ -445,6 +446,7 @@ BOUNDS: Final = (
     ),
     *APPS,
     *AGENTS,
+    *PUSHES,
 )
 
 _BATCH: Final = "lives as long as one batch (`TRIREME_BATCH`, `BATCH_BYTES`)"
@@ -491,6 +493,7 @@ OTHERS: Final = {
     "workers.dead_letters._Known._letters": "dead letters that wait for their replay, which end after 7 days",
     "workers.dead_letters._Known._places": "dead letters that wait for their replay, which end after 7 days",
     "workers.lease.Leases._adopted": _SHARDS,
+    "workers.unheard.Unheard._said": "one for each conversation in which something was said within a second or two",
     "workers.lease.Leases._until": _SHARDS,
     "workers.takeover.TakeOver._survived": "suspects that were tried alone and did no harm, until that is written down",
     "workers.store.audience.Audience._least": "the members of one conversation, for one answer",

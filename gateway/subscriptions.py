@@ -173,6 +173,8 @@ class Subscriptions:
             self._listener.presence_changed(channel[len(_PRESENCE) :].decode(), decode_presence_change(payload))
             return
         signal = decode_signal(payload)
+        if isinstance(signal, records.PushJob):
+            return  # of what the connections have been sent already; for whoever reaches devices that have none
         if isinstance(signal, records.Tell):
             if len(signal.frame) > MAX_FRAME_BYTES:
                 raise msgspec.ValidationError("a frame over the limit")

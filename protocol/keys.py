@@ -21,7 +21,15 @@ QUERY = "query"
 EVENTS = "events"
 """stream: CloudEvents for agents and webhooks."""
 NOTIFICATIONS = "notifications"
-"""stream: push jobs."""
+"""stream: push jobs (`protocol.records.PushJob`), each with its user; capped."""
+PUSH_DUE = "push:due"
+"""sorted set: who may not have got what was said, by the epoch ms at which somebody looks; see `push_entry`."""
+PUSH_CLAIMED = "push:claimed"
+"""sorted set: those entries that a push role has in hand, by the epoch ms at which its lease of them ends."""
+PUSH_EPOCH = "push:epoch"
+"""string: the run id of the Redis in which the two sets above are whole."""
+PUSH_REPAIR = "push:repair"
+"""string: id of the push role that fills them again; 1 min."""
 INSTANCES = "instances"
 """set: ids of all gateway, REST and worker instances that may be alive; each has its own `instance:{id}` lease."""
 
@@ -36,6 +44,8 @@ LETTER_FIELD = b"l"
 """A second one, where the entry is the replay of a dead letter: that letter's id."""
 EVENT_MESSAGE_FIELD = b"m"
 """Beside the event in `events`: the id of the message it is about."""
+NOTIFICATION_USER_FIELD = b"u"
+"""Beside the job in `notifications`: whose devices it is for."""
 
 CONNECTION_TTL_SECONDS = 3600
 PRESENCE_TTL_SECONDS = 300
@@ -137,8 +147,13 @@ def user_channel(user_id: str) -> str:
 
 
 def notification_channel(user_id: str) -> str:
-    """pub/sub: what a user's devices should hear of (`protocol.records.Tell`)."""
+    """pub/sub: what a user's devices should hear of (`protocol.records.Tell`), and push jobs (`records.PushJob`)."""
     return f"notification:{user_id}"
+
+
+def push_entry(user_id: str, conversation_id: str, device_id: str = "") -> str:
+    """Member of `PUSH_DUE` and `PUSH_CLAIMED`. With a device: a job is told to this device again, to no other."""
+    return f"{user_id} {conversation_id} {device_id}".rstrip()
 
 
 def agent(agent_id: str) -> str:

@@ -457,6 +457,16 @@ class Tell(msgspec.Struct, tag="tell", frozen=True):
     device_id: str = ""
 
 
+class PushJob(msgspec.Struct, tag="push", frozen=True):
+    """On `notification:{user_id}` and in `notifications`: none of the user's devices has confirmed this message. No
+    content, no names. `badge`: the user's unread messages of all conversations."""
+
+    conversation_id: str
+    message_id: str
+    sequence_number: int
+    badge: int
+
+
 UserSignal = Revoked | Tell
 
 

@@ -39,6 +39,7 @@ ROLES: Final = {
     "query": "workers.query",
     "events": "workers.events",
     "agents": "workers.agents.role",
+    "push": "workers.push.role",
     "retry": "workers.retry",
     "rest": "workers.rest.app",
 }

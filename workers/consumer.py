@@ -25,15 +25,15 @@ from workers.commit import Committer
 from workers.conversations import Conversations
 from workers.dead_letters import DeadLetters, error_type_of
 from workers.delivery import Courier, Down, Registry
+from workers.ends import Ends
 from workers.fence import Fence
 from workers.plan import Entry, Plan
 from workers.receipts import Receipts
 from workers.shard_log import ShardLog
 from workers.store.errors import StoreUnavailable
-from workers.store.marks import HeadMark
-from workers.store.messages import from_ms
 from workers.takeover import STALE_SECONDS, Stage, TakeOver
 from workers.typists import Typists
+from workers.unheard import Unheard
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -91,8 +91,9 @@ class Lane:
         worker_id: str = "",
         trial: anyio.Lock | None = None,
         conversations: int = 20_000,
+        push_after_ms: int = 3000,
     ) -> None:
-        """`batch`, `conversations`: see the settings. `trial`: shared by the lanes of a process, see `takeover.py`."""
+        """`batch`, `conversations`, `push_after_ms`: see the settings. `trial`: of a process, see `takeover.py`."""
         self._worker_id = worker_id
         self.may_read: Callable[[], bool] = lambda: True
         """Does nothing say that another owns these shards by now? To be asked right before a read."""
@@ -106,6 +107,8 @@ class Lane:
         self._courier = Courier(registry)
         self._receipts = Receipts(self._conversations, store.messages, store.marks, self._courier, shards)
         self._typists = Typists(self._conversations, self._courier, shards)
+        self._ends = Ends(self._conversations)
+        self._unheard = Unheard(store, broker, self._conversations, push_after_ms)
         self._dead_letters = DeadLetters(store.dead_letters, store.messages)
         self._committer = Committer(
             store, self._conversations, self._receipts.recent, self._dead_letters, edit_seconds, interest
@@ -119,9 +122,7 @@ class Lane:
         self._unflushed: list[tuple[int, bytes]] = []
         self._marks = 0
         """Receipts of the unflushed entries."""
-        self._committing: set[str] = set()
-        """Conversations of the batch that is being committed."""
-        self._heads: dict[str, HeadMark] = {}
+        self._committing: set[str] = set()  # conversations of the batch that is being committed
         self._keys: list[tuple[Key, str, datetime]] = []
         self._inbox: dict[str, list[str]] = defaultdict(list)
         self._heads_at = 0.0
@@ -439,25 +440,8 @@ class Lane:
         if self._is_traced:
             for key, message_id, _ in plan.keys:
                 log.debug("= committed", trace=keys.trace_id(*key), message_id=message_id)
-        for conversation_id, is_activity in plan.found.items():
-            if (owned := self._conversations.get(conversation_id)) is not None:
-                at = from_ms(owned.created_ms)
-                active_at = at if is_activity else self._active_at(conversation_id)
-                self._heads[conversation_id] = HeadMark(
-                    conversation_id, owned.last, owned.countable, owned.digest, at, active_at
-                )
-        for document in plan.documents:
-            conversation_id, at = document["conversation_id"], document["created_at"]
-            # A change of a message, private ones among them, is no activity to order conversations by.
-            active_at = self._active_at(conversation_id) if "target_message_id" in document else at
-            self._heads[conversation_id] = HeadMark(
-                conversation_id, document["sequence_number"], document["countable"], document["digest"], at, active_at
-            )
+        self._unheard.note(self._ends.note(plan), _now_ms())
         self._keys += plan.keys
-
-    def _active_at(self, conversation_id: str) -> datetime | None:
-        before = self._heads.get(conversation_id)
-        return None if before is None else before.active_at
 
     async def publish_and_settle(
         self,
@@ -494,7 +478,8 @@ class Lane:
     @property
     def _unsaved(self) -> bool:
         return bool(
-            self._heads
+            self._ends.waiting
+            or self._unheard.waiting
             or self._keys
             or self._inbox
             or self._unrepaired
@@ -511,6 +496,7 @@ class Lane:
                 await self._flush_heads()
                 self._heads_at = anyio.current_time()
                 self._conversations.shrink(self._most_conversations, self._committing)
+            await self._unheard.look(_now_ms(), force=force)
         except (StoreUnavailable, BrokerUnavailable) as error:
             log.warning("flush_waits", error=str(error)[:200])
             await anyio.sleep(0 if force else LONGEST_BACKOFF_SECONDS / 4)
@@ -545,22 +531,19 @@ class Lane:
         sweep knows the ends of logs from what is flushed."""
         if not (shards := frozenset(self._unrepaired)):
             return
-        heads = await self._store.heads.unflushed(shards, _now_ms() - REPAIR_MS)
-        names = [head.conversation_id for head in heads]
-        shard_of = {name: keys.shard_of(name, self._shards) for name in names}
+        heads, ends = await self._store.heads.recent(shards, _now_ms() - REPAIR_MS)
+        shard_of = {head.conversation_id: keys.shard_of(head.conversation_id, self._shards) for head in heads}
         # Loading finds the marks that these messages moved; they are flushed before the heads.
         await self._conversations.load(shard_of)
         busy = set()
         for head in heads:
-            noted = self._heads.get(head.conversation_id)
-            if noted is not None and noted.sequence_number >= head.sequence_number:
+            if self._ends.knows(head):
                 continue
             if head.conversation_id in self._committing:
                 busy.add(shard_of[head.conversation_id])  # its marks may not be noted yet
             elif shard_of[head.conversation_id] in self._logs:
-                self._heads[head.conversation_id] = head._replace(
-                    active_at=head.active_at or self._active_at(head.conversation_id)
-                )
+                self._ends.adopt(head)
+        await self._unheard.missed(ends, _now_ms())
         self._unrepaired -= shards - busy
 
     async def _flush_heads(self) -> None:
@@ -568,14 +551,12 @@ class Lane:
         inbox, self._inbox = self._inbox, defaultdict(list)
         if inbox:
             await self._broker.push_inbox(inbox)
-        heads, self._heads = self._heads, {}
+        heads = self._ends.take()
         try:
             await self._receipts.flush(lazy=True)
-            await self._store.marks.flush_heads(list(heads.values()))
+            await self._store.marks.flush_heads(heads)
         except BaseException:
-            for name, head in heads.items():
-                newer = self._heads.get(name, head)
-                self._heads[name] = newer._replace(active_at=newer.active_at or head.active_at)
+            self._ends.put_back(heads)
             raise
 
     async def _flush_keys(self) -> None:

@@ -7,6 +7,7 @@ that these roles need is there (without names: all roles), 1 when something is b
 from __future__ import annotations
 
 import argparse
+import time
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
@@ -15,10 +16,11 @@ import httpx2
 import msgspec
 
 from protocol.models import DLQStatus
-from workers import inspection
+from workers import inspection, push_queue
 from workers.broker import BrokerUnavailable, open_broker
 from workers.commands import say
 from workers.fitness import Finding, Level, judge_mongodb, judge_redis
+from workers.push.providers import kinds
 from workers.settings import DEV, PREFIX, SettingError, Settings, load_settings
 from workers.store import StoreUnfit, open_store
 from workers.store.errors import StoreUnavailable
@@ -29,10 +31,18 @@ if TYPE_CHECKING:
     from workers.broker import Broker
     from workers.store import Store
 
-ROLES: Final = ("ingest", "query", "retry", "events", "rest")
+ROLES: Final = ("ingest", "query", "retry", "events", "push", "rest")
 SECRETS: Final = frozenset(
-    ("admin_token", "jwt_private_key", "verification_webhook_secret", "s3_access_key", "s3_secret_key")
+    (
+        "admin_token",
+        "jwt_private_key",
+        "verification_webhook_secret",
+        "push_webhook_secret",
+        "s3_access_key",
+        "s3_secret_key",
+    )
 )
+OVERDUE_MS: Final = 60_000
 BACKLOG: Final = 1000
 """Entries of a shard that nobody has read: a second's worth of a busy system."""
 _ASK_SECONDS: Final = 3.0
@@ -147,6 +157,7 @@ async def _look_around(settings: Settings) -> list[Finding]:
             findings += judge_redis(await inspection.condition(broker), settings.shards)
             findings += await _instances(broker)
             findings += await _shards(broker, settings.shards)
+            findings += await _pushes(settings, broker)
     except BrokerUnavailable as error:
         advice = f"is it running at {_shown('redis_url', settings.redis_url)}, and may we connect?"
         findings.append(Finding("redis", Level.BAD, f"Redis does not answer: {_one_line(error)}", advice))
@@ -202,6 +213,21 @@ async def _readiness(client: httpx2.AsyncClient, kind: str, name: str, endpoint:
     return Finding("processes", Level.BAD, f"{kind} {name} is not ready: {answer.text[:160]}", "its log says more")
 
 
+async def _pushes(settings: Settings, broker: Broker) -> list[Finding]:
+    """Whether somebody tells people by push, and how."""
+    offered = ", ".join(kinds(settings))
+    findings = [
+        Finding("pushes", Level.GOOD, f"devices are told by: {offered}")
+        if offered
+        else Finding("pushes", Level.DOUBTFUL, "no provider is configured: nobody is woken", "see docs/push.md")
+    ]
+    late = await push_queue.overdue(broker, _now_ms() - OVERDUE_MS)
+    if late:
+        what = f"{late} people should have been told a minute ago"
+        findings.append(Finding("pushes", Level.BAD, what, "start one more: python -m workers push"))
+    return findings
+
+
 async def _shards(broker: Broker, shards: int) -> list[Finding]:
     loads = await inspection.shard_loads(broker, shards)
     findings = []
@@ -221,3 +247,7 @@ async def _shards(broker: Broker, shards: int) -> list[Finding]:
     else:
         findings.append(Finding("backlog", Level.GOOD, what))
     return findings
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

@@ -33,8 +33,7 @@ async def run(settings: Settings, store: Store, broker: Broker, stopping: anyio.
     """Own a share of the shards until `stopping`; then finish what was read, flush, and release the leases."""
     worker_id = f"worker-{secrets.token_hex(6)}"
     registry = Registry(broker)
-    interest = Interest()
-    trial = anyio.Lock()
+    interest, trial = Interest(), anyio.Lock()
     lanes = [
         Lane(
             store,
@@ -47,6 +46,7 @@ async def run(settings: Settings, store: Store, broker: Broker, stopping: anyio.
             worker_id,
             trial,
             settings.conversations,
+            round(settings.push_after_seconds * 1000),
         )
         for _ in range(settings.lanes)
     ]

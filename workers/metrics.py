@@ -95,6 +95,22 @@ AGENT_ROUTING_SECONDS: Final = Histogram(
 AGENT_CALL_SECONDS: Final = Histogram("trireme_agent_call_seconds", "One call of an agent", buckets=_READ_BUCKETS)
 AGENT_TASKS_IN_HAND: Final = Gauge("trireme_agent_tasks_in_hand", "Tasks that this process has taken and not finished")
 
+# --- push role -------------------------------------------------------------------------------------------------------
+
+PUSH_LOOKS: Final = Counter("trireme_push_looks_total", "Members who were behind, by what was found", ["outcome"])
+"""outcome: job (made), heard (confirmed meanwhile), muted, stale, gone (no member now), early (looked at again)."""
+PUSH_SENDS: Final = Counter(
+    "trireme_push_sends_total", "Jobs handed to providers, by what they said", ["kind", "outcome"]
+)
+"""kind: see `rest.push_tokens`. outcome: delivered, gone (token removed), again (later), refused."""
+PUSH_SECONDS: Final = Histogram(
+    "trireme_push_seconds",
+    "From a message to its push job",
+    buckets=(3.5, 4, 5, 6, 8, 10, 15, 30, 60, 300, 3600),
+)
+PUSH_DUE: Final = Gauge("trireme_push_due", "Members to be looked at, as of the last look of a push role")
+PUSH_IN_HAND: Final = Gauge("trireme_push_in_hand", "Jobs that this process is telling now")
+
 # --- REST role -------------------------------------------------------------------------------------------------------
 
 REST_REQUESTS: Final = Counter("trireme_rest_requests_total", "HTTP requests answered", ["method", "status"])

@@ -168,6 +168,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     webhook_backlog: Annotated[int, Meta(ge=1, le=100_000_000)] = 100_000
     """Deliveries that wait for one webhook (300 bytes each): past it the webhook is disabled. What it missed is in the
     log, and can be replayed."""
+    push_after_seconds: Annotated[float, Meta(ge=1, le=60)] = 3.0
+    """A message that no device of a member has confirmed for so long becomes a push."""
+    push_ttl_seconds: Annotated[int, Meta(ge=10, le=2_419_200)] = 86_400
+    """So old a message wakes nobody any more: what a provider has not taken by then is given up, and it keeps nothing
+    longer. At most four weeks, the longest that providers keep anything."""
+    push_token_days: Annotated[int, Meta(ge=1, le=366)] = 60
+    """A token that its device did not register again for so long is forgotten; apps do it whenever they start."""
+    push_registrations_per_hour: Annotated[int, Meta(ge=1, le=1_000_000)] = 120
+    """Tokens that one user registers."""
+    push_webhook_url: Annotated[str, Meta(pattern=r"\A(https?://\S+)?\Z")] = ""
+    """Where jobs for tokens of the kind `webhook` go: a program of the operator's that reaches those devices."""
+    push_webhook_secret: Annotated[str, Meta(pattern=_WEBHOOK_SECRET)] = ""
+    """Signs what it gets: `whsec_` and Base64 of 24 bytes or more (Standard Webhooks)."""
     worker_metrics_port: Port | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
@@ -209,6 +222,8 @@ def load_settings(environ: Mapping[str, str], roles: Iterable[str]) -> Settings:
         for name in ("verification_webhook_url", "verification_webhook_secret"):
             if name not in values:
                 raise SettingError(f"{PREFIX}{name.upper()} is not set: there the codes are to go")
+    if settings.push_webhook_url and not settings.push_webhook_secret:
+        raise SettingError(f"{PREFIX}PUSH_WEBHOOK_SECRET is not set: it signs what TRIREME_PUSH_WEBHOOK_URL gets")
     return settings
 
 

@@ -263,10 +263,41 @@ class Keyspace(StreamCommands):
     def do_zadd(self, arguments: Arguments) -> int:
         scores = self.make(arguments[0], SortedSet)
         before = len(scores)
-        for at in range(1, len(arguments), 2):
-            scores[arguments[at + 1]] = float(arguments[at])
+        only_new = arguments[1] == b"NX"
+        for at in range(1 + only_new, len(arguments), 2):
+            if not only_new or arguments[at + 1] not in scores:
+                scores[arguments[at + 1]] = float(arguments[at])
         self.touched(arguments[0])
         return len(scores) - before
+
+    def do_zrem(self, arguments: Arguments) -> int:
+        scores = self.find(arguments[0], SortedSet)
+        gone = [member for member in arguments[1:] if scores and scores.pop(member, None) is not None]
+        if gone:
+            self.touched(arguments[0])
+            self._tidy(arguments[0], scores)
+        return len(gone)
+
+    def do_zscore(self, arguments: Arguments) -> float | None:
+        score: float | None = (self.find(arguments[0], SortedSet) or {}).get(arguments[1])
+        return score
+
+    def do_zrangebyscore(self, arguments: Arguments) -> list[bytes]:
+        """From the lowest to a score, so many."""
+        key, lowest, highest, limit, start, count = arguments
+        assert (lowest, limit, start) == (b"-inf", b"LIMIT", b"0"), "no more is twinned"
+        inside = [pair for pair in (self.find(key, SortedSet) or {}).items() if pair[1] <= float(highest)]
+        inside.sort(key=lambda item: (item[1], item[0]))
+        return [member for member, _ in inside[: int(count)]]
+
+    def do_zremrangebyrank(self, arguments: Arguments) -> int:
+        """From the lowest to a rank counted from the highest."""
+        key, start, stop = arguments
+        assert start == b"0", "no more is twinned"
+        scores = self.find(key, SortedSet) or {}
+        ranked = sorted(scores, key=lambda member: (scores[member], member))
+        gone = ranked[: len(ranked) + int(stop) + 1] if int(stop) < 0 else ranked[: int(stop) + 1]
+        return self.do_zrem([key, *gone]) if gone else 0
 
     def do_zcard(self, arguments: Arguments) -> int:
         return len(self.find(arguments[0], SortedSet) or ())

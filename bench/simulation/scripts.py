@@ -167,11 +167,36 @@ def _spend(call: Call, keys: list[bytes], argv: list[bytes]) -> Any:
     return 0
 
 
+def _claim_push(call: Call, keys: list[bytes], argv: list[bytes]) -> Any:
+    due, claimed = keys
+    for entry in call(b"ZRANGEBYSCORE", claimed, b"-inf", argv[0], b"LIMIT", b"0", argv[2]):
+        call(b"ZREM", claimed, entry)
+        call(b"ZADD", due, b"NX", argv[0], entry)
+    taken = call(b"ZRANGEBYSCORE", due, b"-inf", argv[0], b"LIMIT", b"0", argv[2])
+    for entry in taken:
+        call(b"ZREM", due, entry)
+        call(b"ZADD", claimed, argv[1], entry)
+    return taken
+
+
+def _finish_push(call: Call, keys: list[bytes], argv: list[bytes]) -> Any:
+    due, claimed = keys
+    count = int(argv[1])
+    for entry in argv[2 : 2 + count]:
+        if call(b"ZSCORE", claimed, entry) == float(argv[0]):
+            call(b"ZREM", claimed, entry)
+    for at in range(2 + count, len(argv), 2):
+        call(b"ZADD", due, b"NX", argv[at], argv[at + 1])
+    return 1
+
+
 _TWINS: Final[dict[str, Any]] = {
     "attach": _attach,
     "detach": _detach,
     "refresh": _refresh,
     "bury": _bury,
+    "claim_push": _claim_push,
+    "finish_push": _finish_push,
     "fill_session": _fill_session,
     "look_session": _look_session,
     "hold_leases": _hold_leases,

@@ -68,6 +68,8 @@ def script(rng: random.Random, ids: list[bytes]) -> tuple[Any, ...]:
             ("spend", ("allowance",), (3, 60)),
             ("push_inbox", ("i1", "i2"), (60, 3, 2, "m1", "m2", 1, rng.choice(("m3", "m4")))),
             ("settle", ("s1", "s2"), ("g", 1, place, "", 0, place)),
+            ("claim_push", ("z", "z2"), (rng.randint(0, 3), rng.randint(1, 9), rng.randint(1, 3))),
+            ("finish_push", ("z", "z2"), (rng.randint(1, 9), 2, "a", "b", 2, rng.choice("ab"))),
             ("tell", ("l1", "s1", "s2"), (rng.choice("vw"), 1, 1000, "r", "x", "y")),
         ]
     )
@@ -114,6 +116,8 @@ def command(rng: random.Random, ids: list[bytes]) -> tuple[Any, ...]:
             ("SMEMBERS", "m"),
             ("SCARD", "users:gw_1"),
             ("ZADD", "z", value, field),
+            ("ZADD", "z", "NX", value, field, 2, "h"),
+            ("ZREMRANGEBYRANK", "z", 0, -3),
             ("ZPOPMIN", "z", 1),
             ("ZCARD", "seen"),
             ("RPUSH", "l", value),

@@ -274,11 +274,20 @@ async def run_lane(
     *,
     batch: int = 500,
     conversations: int = 20_000,
+    push_after_ms: int = 3000,
 ) -> AsyncIterator[Lane]:
     """A lane at work on these shards until the block ends, then stopped cleanly."""
     registry = Registry(yard.broker)
     lane = Lane(
-        yard.store, yard.broker, registry, batch, SHARDS, edit_seconds, yard.interest, conversations=conversations
+        yard.store,
+        yard.broker,
+        registry,
+        batch,
+        SHARDS,
+        edit_seconds,
+        yard.interest,
+        conversations=conversations,
+        push_after_ms=push_after_ms,
     )
     stopping = anyio.Event()
     async with anyio.create_task_group() as group:

@@ -103,7 +103,11 @@ def test_roles_are_checked_against_the_table() -> None:
 @pytest.mark.parametrize(
     ("arguments", "environ", "line"),
     [
-        (["rowing"], {}, "workers: unknown role 'rowing'; there are: ingest, query, events, agents, retry, rest\n"),
+        (
+            ["rowing"],
+            {},
+            "workers: unknown role 'rowing'; there are: ingest, query, events, agents, push, retry, rest\n",
+        ),
         (["query"], {}, "workers: TRIREME_REDIS_URL is not set\n"),
         (
             ["query"],

@@ -158,7 +158,7 @@ async def _last_seen(desk: Desk, account: Account) -> datetime | UnsetType:
 async def export_account(request: CallerRequest, desk: DeskDependency) -> Stream:
     """Everything the account may see, one JSON object a line; the last line is `end`. 429 after 5 a day.
 
-    Account, devices, blocks, then each conversation with its settings and its messages in order.
+    Account, devices, their push tokens, blocks, then each conversation with its settings and its messages in order.
     """
     account = await _own(desk, request.user.user)
     await spend(desk, "exports", request.user.user, desk.settings.exports_per_day, _DAY)

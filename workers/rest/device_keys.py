@@ -164,7 +164,7 @@ async def put_identity(
     Another identity drops the device's one-time keys. 400 for a wrong signature, 403 `forbidden` for a token of another
     device, 409 `conflict` for one device too many.
     """
-    user_id = _owner(request, device_id)
+    user_id = owner_of(request, device_id)
     await spend(desk, "key_identity", user_id, desk.settings.key_uploads_per_hour, _HOUR)
     device = KeyDevice(user_id, device_id, data.identity_key, data.signing_key, data.fallback_key, 0, False)
     _check_signatures(device, Purpose.FALLBACK, [data.fallback_key])
@@ -174,7 +174,7 @@ async def put_identity(
         case TooManyDevices():
             raise RestError(ErrorCode.CONFLICT, f"at most {limit} devices of a user have keys")
         case Stored(version=version, changed=changed, left=left):
-            await _stay_revoked(desk, request.user, device_id)
+            await stay_revoked(desk, request.user, device_id)
             task = BackgroundTask(announce, desk.store, desk.broker, user_id, device_id, version) if changed else None
             return Response(StoredDevice(version, _own(device, left)), background=task)
 
@@ -194,7 +194,7 @@ async def add_one_time_keys(
     400 for a wrong signature, 404 `not_found` for a device without an identity, 409 `conflict` for a key id that has
     another key, and for more than 500 keys.
     """
-    user_id = _owner(request, device_id)
+    user_id = owner_of(request, device_id)
     await spend(desk, "key_one_time", user_id, desk.settings.key_uploads_per_hour, _HOUR)
     device = (await desk.store.device_keys.find([(user_id, device_id)])).get((user_id, device_id))
     if device is None:
@@ -232,9 +232,9 @@ def _own(device: KeyDevice, left: int) -> OwnDevice:
     return OwnDevice(device.device_id, device.identity_key, device.signing_key, device.fallback_key.key_id, left)
 
 
-async def _stay_revoked(desk: Desk, caller: Caller, device_id: str) -> None:
-    """A revocation that ended while the keys were written has missed them: they go again. One that comes later finds
-    them, for it voids the tokens first. Raises RestError."""
+async def stay_revoked(desk: Desk, caller: Caller, device_id: str) -> None:
+    """A revocation that ended while something of the device was written has missed it: it goes again. One that comes
+    later finds it, for it voids the tokens first. Raises RestError."""
     try:
         await check_good(desk, caller)
     except RestError:
@@ -242,7 +242,8 @@ async def _stay_revoked(desk: Desk, caller: Caller, device_id: str) -> None:
         raise
 
 
-def _owner(request: CallerRequest, device_id: str) -> str:
+def owner_of(request: CallerRequest, device_id: str) -> str:
+    """The caller, whose device this is. Raises RestError for a token of another device."""
     bound_to = request.user.device_id
     if bound_to is not None and bound_to != device_id:
         raise RestError(ErrorCode.FORBIDDEN, "this token is another device's")
@@ -338,10 +339,12 @@ async def _hidden(desk: Desk, caller: str, user_ids: set[str]) -> set[str]:
 
 
 async def retire(store: Store, broker: Broker, user_id: str, device_id: str) -> None:
-    """A device was removed or revoked: its keys go, and others hear of it. Nothing where it had no keys.
+    """A device was removed or revoked: it gets no push any more, its keys go, and others hear of that. Nothing where it
+    had neither.
 
-    Raises StoreUnavailable: nothing has changed then.
+    Raises StoreUnavailable: do it again.
     """
+    await store.push_tokens.remove(user_id, device_id)
     version = await store.device_keys.forget(user_id, device_id)
     if version is not None:
         await announce(store, broker, user_id, device_id, version)

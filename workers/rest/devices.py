@@ -87,6 +87,7 @@ async def revoke_devices(
     await revocation.revoke_others(desk.store, desk.broker, user_id, kept, now_ms())
     for device_id in devices:
         await retire(desk.store, desk.broker, user_id, device_id)
+    await desk.store.push_tokens.forget_others(user_id, kept)
 
 
 async def key_devices(desk: Desk, user_id: str) -> list[str]:

@@ -14,6 +14,7 @@ from workers.store.blocks import Block
 from workers.store.devices import Device
 from workers.store.logs import NotVisible
 from workers.store.memberships import OwnSettings
+from workers.store.push_tokens import PushToken
 from workers.store.users import Account
 
 if TYPE_CHECKING:
@@ -35,6 +36,12 @@ class AccountLine(msgspec.Struct, frozen=True, tag="account"):
 
 class DeviceLine(msgspec.Struct, frozen=True, tag="device"):
     device: Device
+
+
+class PushLine(msgspec.Struct, frozen=True, tag="push"):
+    """How one of its devices is reached without a connection."""
+
+    push: PushToken
 
 
 class BlockLine(msgspec.Struct, frozen=True, tag="block"):
@@ -61,7 +68,7 @@ class EndLine(msgspec.Struct, frozen=True, tag="end"):
     messages: int
 
 
-Line = AccountLine | DeviceLine | BlockLine | ConversationLine | MessageLine | EndLine
+Line = AccountLine | DeviceLine | PushLine | BlockLine | ConversationLine | MessageLine | EndLine
 
 
 async def export_lines(store: Store, account: Account) -> AsyncIterator[bytes]:
@@ -72,6 +79,7 @@ async def export_lines(store: Store, account: Account) -> AsyncIterator[bytes]:
     while after is not None:
         devices, after = await store.devices.listed(user_id, after, _PAGE)
         yield _lines([DeviceLine(device) for device in devices])
+    yield _lines([PushLine(token) for token in await store.push_tokens.listed(user_id)])
     after = ""
     while after is not None:
         blocks, after = await store.blocks.listed(user_id, after, _PAGE)

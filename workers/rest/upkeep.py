@@ -175,6 +175,7 @@ async def abandon_media(desk: Desk, user_id: str) -> None:
 async def forget_devices(desk: Desk, user_id: str) -> None:
     """The devices and their sessions, and what waited for them."""
     await desk.store.devices.forget_user(user_id)
+    await desk.store.push_tokens.forget_user(user_id)
     await desk.broker.forget_inbox(user_id)
 
 

@@ -53,6 +53,8 @@ from workers.store.media import MediaStore
 from workers.store.memberships import MembershipStore
 from workers.store.messages import MessageStore
 from workers.store.overviews import OverviewReader
+from workers.store.push_tokens import PushTokenStore
+from workers.store.pushes import PushStore
 from workers.store.search import SearchReader
 from workers.store.stays import StayReader
 from workers.store.users import UserStore
@@ -123,6 +125,8 @@ class Store:
         self.agent_tasks = AgentTaskStore(self.db)
         self.webhooks = WebhookStore(self.db)
         self.deliveries = DeliveryStore(self.db)
+        self.pushes = PushStore(self.db)
+        self.push_tokens = PushTokenStore(self.db)
         self.media = MediaStore(self.db)
         self.search = SearchReader(self.db)
         self.evidence = EvidenceReader(client, self.db)

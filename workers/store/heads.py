@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from protocol import keys, watermarks
+from protocol.models import MessageType
 from protocol.records import OpenHead, UserHead
 from workers.store.conversations import escape_device, heads_pipeline
 from workers.store.errors import store_errors
@@ -188,9 +189,9 @@ class HeadReader:
                 found.append(UserHead(member["user_id"], conversation_id, head, end is not None))
         return found
 
-    async def unflushed(self, shards: Iterable[int], since_ms: int) -> list[HeadMark]:
-        """Where the logs of these shards end that were written to since then, and `sequence_numbers` does not say it.
-        Raises StoreUnavailable.
+    async def recent(self, shards: Iterable[int], since_ms: int) -> tuple[list[HeadMark], dict[str, int]]:
+        """Of the logs of these shards that were written to since then: where those end of which `sequence_numbers` does
+        not say it, and for each that has a new message the sequence of the last one. Raises StoreUnavailable.
 
         In an outage of all workers nothing was written since then, however long it was: what was before it is looked at
         too.
@@ -202,8 +203,10 @@ class HeadReader:
             "digest": 1,
             "created_at": 1,
             "target_message_id": 1,
+            "type": 1,
         }
         heads: dict[str, HeadMark] = {}
+        said: dict[str, int] = {}
         with store_errors():
             older = {"_id": {"$gte": "msg_", "$lt": keys.new_message_id(since_ms, 0, 0)}}
             newest = await self._messages.find_one(older, {"_id": 1}, sort=[("_id", -1)])
@@ -212,11 +215,13 @@ class HeadReader:
             async for document in self._messages.find(written_since(shards, since_ms), fields):
                 name = document["conversation_id"]
                 heads[name] = _newer(heads.get(name), document)
+                if document["type"] != MessageType.SYSTEM.value:
+                    said[name] = max(said.get(name, 0), document["sequence_number"])
             flushed = {
                 document["_id"]: document["last_sequence_number"]
                 async for document in self._sequences.find({"_id": {"$in": list(heads)}}, {"last_sequence_number": 1})
             }
-        return [head for name, head in heads.items() if flushed.get(name, 0) < head.sequence_number]
+        return [head for name, head in heads.items() if flushed.get(name, 0) < head.sequence_number], said
 
 
 def written_since(shards: Iterable[int], since_ms: int) -> Document:

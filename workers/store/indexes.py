@@ -150,6 +150,7 @@ def _account_indexes() -> dict[str, list[IndexModel]]:
             IndexModel([("verification_id", ASCENDING)], name="verification"),
             IndexModel([("expires_at", ASCENDING)], name=RETENTION_INDEX, expireAfterSeconds=0),
         ],
+        "push_tokens": _push_token_indexes(),
         "media_metadata": [
             IndexModel([("owner_id", ASCENDING), ("_id", ASCENDING)], name="owner"),
             IndexModel([("owner_id", ASCENDING), ("sha256", ASCENDING)], name="same_bytes"),
@@ -188,6 +189,14 @@ def _agent_indexes() -> dict[str, list[IndexModel]]:
             IndexModel([("forget_at", ASCENDING)], name=RETENTION_INDEX, expireAfterSeconds=0),
         ],
     }
+
+
+def _push_token_indexes() -> list[IndexModel]:
+    return [
+        IndexModel([("user_id", ASCENDING)], name="user"),
+        IndexModel([("address_hash", ASCENDING)], name="unique_address", unique=True),
+        IndexModel([("expires_at", ASCENDING)], name=RETENTION_INDEX, expireAfterSeconds=0),
+    ]
 
 
 def _unfinished_index() -> IndexModel:
