@@ -20,6 +20,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "overload": ("bench.overload", "load: three times what the workers take; the rest is refused at once"),
     "hot": ("bench.hot", "load: one conversation in which 50 people write 20 messages a second each"),
     "slow-readers": ("bench.slow_readers", "load: 50 of 1,000 clients read nothing; the others must not notice"),
+    "agents": ("bench.agents", "load: 1,000 people talk to the echo agent, whose process is killed again and again"),
     "persist": ("bench.persist", "documents per second through the ingest worker against bare insert_many"),
     "gateway": (
         "bench.gateway_cost",

@@ -74,6 +74,32 @@ async def _create_community(rest_url: str, admin_token: str, kind: ConversationT
     return Community(conversations, opened)
 
 
+def create_talks(
+    rest_url: str, admin_token: str, agent: dict[str, Any], users: int
+) -> tuple[str, list[tuple[Account, str]]]:
+    """A new agent, and so many new users with a conversation with it each: its id, and (account, conversation) pairs.
+    Raises SetupError."""
+
+    async def create() -> tuple[str, list[tuple[Account, str]]]:
+        limiter = anyio.CapacityLimiter(AT_ONCE)
+        talks: list[tuple[Account, str]] = []
+        async with httpx2.AsyncClient(base_url=rest_url, timeout=REQUEST_SECONDS) as client:
+            agent_id: str = (await _post(client, "/v1/agents", agent, admin_token))["agent"]["_id"]
+
+            async def open_talk(number: int) -> None:
+                async with limiter:
+                    account = await _open_account(client, admin_token, f"asker {number}")
+                    body = {"type": "1:1", "participants": [], "agent_id": agent_id}
+                    talks.append((account, (await _post(client, "/v1/conversations", body, account.token))["_id"]))
+
+            async with anyio.create_task_group() as tasks:
+                for number in range(users):
+                    tasks.start_soon(open_talk, number)
+        return agent_id, talks
+
+    return anyio.run(create)
+
+
 async def _open_account(client: httpx2.AsyncClient, admin_token: str, name: str) -> Account:
     user = await _post(client, "/v1/users", {"name": name}, admin_token)
     device_id = "load-1"

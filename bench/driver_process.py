@@ -35,8 +35,12 @@ class DriverProcess:
 
     def command(self, command: msgspec.Struct, timeout_seconds: float) -> dict[str, Any]:
         """Send one command and wait for its answer. Raises DriverError."""
-        _pipe(self._process.stdin).write(msgspec.json.encode(command) + b"\n")
+        self.command_only(command)
         return self.answer(timeout_seconds)
+
+    def command_only(self, command: msgspec.Struct) -> None:
+        """Send one command; its answer, where there is one, is waited for by `answer`. Raises DriverError."""
+        _pipe(self._process.stdin).write(msgspec.json.encode(command) + b"\n")
 
     def answer(self, timeout_seconds: float) -> dict[str, Any]:
         """The next line it says. Raises DriverError."""

@@ -77,7 +77,7 @@ class WritingLedger(Ledger):
 
 def audit(stack: Stack, paths: Sequence[Path]) -> tuple[int, list[str]]:
     """The auditor's word on a stack that still runs, and on the histories of its clients: exit status and report."""
-    command = [sys.executable, "-m", "workers", "audit", "--history", *map(str, paths)]
+    command = [sys.executable, "-m", "workers", "audit", *(("--history", *map(str, paths)) if paths else ())]
     environment = {**os.environ, **stack.environment} if stack.environment else {"TRIREME_ENV": "dev", **os.environ}
     ended = subprocess.run(
         command, env=environment, cwd=PROJECT, capture_output=True, text=True, timeout=AUDIT_SECONDS, check=False
