@@ -159,7 +159,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Networks, comma-separated, that URLs of webhooks and agents may lead to although they are not public, and to
     which plain http is spoken. None by default: such a URL could reach whatever trusts this machine."""
     agent_classes: str = ""
-    """Python agents of this installation: `name=module:Class`, comma-separated; `echo` is there."""
+    """Python agents of this installation: `name=module:Class`, comma-separated; `echo` and `retrieval` are there."""
+    retrieval_directory: str = ""
+    """Chat logs that the agent `retrieval` answers from: `NAME.raw.txt`, with `NAME.annotation.txt` beside them."""
     intent_classifier: str = ""
     """Who tells what a message of a plaintext conversation is about: `module:Class`; by its words when empty."""
     webhook_disable_seconds: Annotated[int, Meta(ge=1, le=31_536_000)] = 5 * 86_400

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from protocol.events import MessageReceivedEvent
     from workers.settings import Settings
 
-BUILT_IN: Final = {"echo": "workers.agents.echo:Echo"}
+BUILT_IN: Final = {"echo": "workers.agents.echo:Echo", "retrieval": "workers.agents.retrieval:Retrieval"}
 _CLASS: Final = re.compile(r"([a-z][a-z0-9_-]{0,63})=([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
 
 
