@@ -16,7 +16,7 @@ import structlog
 
 from protocol import keys, records
 from protocol.models import AgentKind
-from workers.agents.calls import PythonCaller
+from workers.agents.calls import Caller, PythonCaller
 from workers.agents.classes import class_names, make
 from workers.agents.intents import Intents, open_classifier
 from workers.agents.registry import Registry
@@ -24,7 +24,9 @@ from workers.agents.replies import Replies, now_ms
 from workers.agents.routing import Router
 from workers.agents.runner import Runner
 from workers.agents.tasks import TaskQueue
+from workers.agents.webhook import WebhookCaller
 from workers.broker import Broker, BrokerUnavailable
+from workers.egress import open_egress
 from workers.instances import Instance
 from workers.lease import Estate, Leases
 from workers.store.errors import StoreUnavailable
@@ -75,8 +77,11 @@ async def run(settings: Settings, store: Store, broker: Broker, stopping: anyio.
     )
     router = Router(store, Registry(store, broker), Intents(broker, classifier))
     replies = Replies(store, broker, instance, settings.shards)
-    callers = {AgentKind.PYTHON: PythonCaller(agents)}
-    async with anyio.create_task_group() as group:
+    async with open_egress(settings.egress_allow) as egress, anyio.create_task_group() as group:
+        callers: dict[AgentKind, Caller] = {
+            AgentKind.PYTHON: PythonCaller(agents),
+            AgentKind.WEBHOOK: WebhookCaller(store, egress),
+        }
         await group.start(instance.run, name="agents instance")
         group.start_soon(leases.run, name="agents leases")
         async with anyio.create_task_group() as calls:
