@@ -30,6 +30,7 @@ from protocol.backlog import State
 from protocol.codec import JSON, FrameCodec
 from protocol.errors import AuthErrorCode, CloseCode, ErrorCode
 from protocol.limits import Limits, TokenBucket, TypingBudget
+from protocol.models import AGENT_PREFIX
 from protocol.session import Session
 
 if TYPE_CHECKING:
@@ -281,7 +282,9 @@ class Hub:
         """What a user may send and how often they may be typing, over all their connections here."""
         budget = self._budgets.get(user_id)
         if budget is None:
-            bucket = TokenBucket(self._limits.message_rate, self._limits.message_burst, now)
+            is_bot = user_id.startswith(AGENT_PREFIX)
+            rate = self._limits.bot_message_rate if is_bot else self._limits.message_rate
+            bucket = TokenBucket(rate, self._limits.bot_message_burst if is_bot else self._limits.message_burst, now)
             budget = self._budgets[user_id] = bucket, TypingBudget(self._limits)
         return budget
 

@@ -28,6 +28,9 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """Unacknowledged messages per connection; a full window stops reading."""
     message_rate: float = 20.0
     message_burst: int = 60
+    bot_message_rate: float = 1000.0
+    """Of an agent's account, which talks to many; `bot_message_burst` is its burst."""
+    bot_message_burst: int = 2000
     lookup_rate: float = 5.0
     """retransmit, sync and history together, per second."""
     typing_spacing_seconds: float = 3.0

@@ -218,6 +218,16 @@ def test_the_message_rate_is_shared_by_the_devices_of_a_user() -> None:
     assert other_transport.take() == []
 
 
+def test_a_bot_has_a_budget_of_its_own_since_it_talks_to_many() -> None:
+    house = House(Limits(message_rate=1.0, message_burst=2, bot_message_rate=1.0, bot_message_burst=5))
+    bot, transport = house.open("agt_1")
+    for number in range(5):
+        house.send(bot, message(f"k{number}"))
+    assert transport.take() == []
+    house.send(bot, message("k5"))
+    assert [frame["payload"]["code"] for frame in transport.take()] == ["rate_limited"]
+
+
 def test_a_message_rate_does_not_start_afresh_with_a_new_connection() -> None:
     house = House(Limits(message_rate=1.0, message_burst=2))
     connection, _ = house.open()
