@@ -12,6 +12,15 @@ _TEST: Final = "tests/workers/test_agents_bounds.py::"
 AGENTS: Final = (
     Bound(
         room=_AGENTS,
+        where="workers.events:UNCONFIRMED",
+        unit="batches",
+        past="the reader waits; the stream keeps the events, and so does the outbox",
+        no_gauge="`trireme_events_total` stands still",
+        test="tests/workers/test_events.py::test_batches_that_the_outbox_does_not_know_of_are_bounded",
+        holds=("workers.events.follow()",),
+    ),
+    Bound(
+        room=_AGENTS,
         where="workers.agents.runner:IN_HAND",
         unit="tasks of a process",
         past="more wait in MongoDB and are swept up",

@@ -27,6 +27,8 @@ from workers.webhooks.sink import WebhookSink
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+
     from workers.settings import Settings
     from workers.store import Store
 
@@ -35,6 +37,9 @@ BLOCK_MS: Final = 1000
 OVERDUE_SECONDS: Final = 10.0
 """Unconfirmed for so long after its commit, an event was lost on its way."""
 SWEEP_SECONDS: Final = 5.0
+UNCONFIRMED: Final = 16
+"""Batches that every sink has and the outbox does not know of yet; past it the reader waits. What is lost of them is
+found in the outbox and taken again."""
 NOTICE_SECONDS: Final = 2.0
 _PAUSE_SECONDS: Final = 0.5
 
@@ -55,7 +60,7 @@ async def run(settings: Settings, store: Store, broker: Broker, stopping: anyio.
         couriers = Couriers(store, egress, settings, _now)
         sinks: list[Sink] = [TaskSink(store, TaskQueue(broker)), WebhookSink(store, _now, couriers.news)]
         group.start_soon(couriers.run, name="couriers")
-        group.start_soon(_follow, store, broker, sinks, name="events reader")
+        group.start_soon(follow, store, broker, sinks, name="events reader")
         group.start_soon(_sweep, store, broker, sinks, name="events sweep")
         group.start_soon(_tell, store, broker, sinks, name="events notices")
         await stopping.wait()
@@ -70,17 +75,38 @@ async def hand_over(store: Store, sinks: Sequence[Sink], batch: Sequence[events.
     metrics.EVENTS.labels("handed_over").inc(len(batch))
 
 
-async def _follow(store: Store, broker: Broker, sinks: Sequence[Sink]) -> None:
+async def follow(store: Store, broker: Broker, sinks: Sequence[Sink]) -> None:
+    """What the stream brings, to every sink; confirmed beside, so that the next events do not wait for that write.
+    Until cancelled."""
+    taken, written = anyio.create_memory_object_stream[list[str]](UNCONFIRMED)
+    with taken, written:
+        async with anyio.create_task_group() as group:
+            group.start_soon(_confirm, store, written, name="events outbox")
+            await _read(broker, sinks, taken)
+
+
+async def _read(broker: Broker, sinks: Sequence[Sink], taken: MemoryObjectSendStream[list[str]]) -> None:
     consumer = f"events-{secrets.token_hex(6)}"
     while True:
         try:
             entries = await broker.read_events(consumer, BATCH, BLOCK_MS)
             batch = [events.Outgoing(message_id, codec.decode_event(payload)) for message_id, payload in entries]
             if batch:
-                await hand_over(store, sinks, batch)
+                for sink in sinks:
+                    await sink.take([item.event for item in batch])
+                await taken.send([item.message_id for item in batch])
         except (BrokerUnavailable, StoreUnavailable) as error:
             log.warning("events_wait", error=str(error)[:200])
             await anyio.sleep(_PAUSE_SECONDS)
+
+
+async def _confirm(store: Store, written: MemoryObjectReceiveStream[list[str]]) -> None:
+    async for message_ids in written:
+        try:
+            await store.events.confirm(message_ids)
+            metrics.EVENTS.labels("handed_over").inc(len(message_ids))
+        except StoreUnavailable as error:
+            log.warning("events_unconfirmed", events=len(message_ids), error=str(error)[:200])
 
 
 async def _sweep(store: Store, broker: Broker, sinks: Sequence[Sink]) -> None:

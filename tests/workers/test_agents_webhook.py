@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import importlib.util
 import os
 import shutil
@@ -18,9 +17,9 @@ import msgspec
 import pytest
 
 from protocol.models import AgentKind
+from protocol.webhooks import secret_of, signature
 from tests.workers.lanes import eventually, run_lane
 from tests.workers.test_agents import agents_at_work, all_done, has, register, said_in, talk_of
-from workers.senders import signature
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.anyio
 
 KEY = b"k" * 32
-SECRET = "whsec_" + base64.b64encode(KEY).decode()
+SECRET = secret_of(KEY)
 EXAMPLE = Path(__file__).resolve().parents[2] / "docs" / "agent.mjs"
 
 
@@ -97,7 +96,7 @@ async def test_a_webhook_gets_a_signed_event_and_its_answer_is_the_answer(yard: 
     assert (await said_in(yard, conv))[1] == ("agt_1", "42")
     ((headers, body),) = asked.requests
     assert headers["content-type"].startswith("application/cloudevents+json")
-    assert headers["webhook-signature"] == signature(KEY, message_id, headers["webhook-timestamp"], body)
+    assert headers["webhook-signature"] == signature([KEY], message_id, headers["webhook-timestamp"], body)
     event = msgspec.json.decode(body)
     assert (event["type"], event["id"], event["data"]["content"]) == (
         "trireme.message.received.v1", message_id, "the answer?",

@@ -11,6 +11,7 @@ import pytest
 
 from protocol import codec, events, keys
 from tests.workers.lanes import crashing_lane, eventually, run_lane, settled
+from workers import events as events_role
 from workers.broker import Broker, BrokerUnavailable
 from workers.events import run, sweep
 
@@ -164,3 +165,33 @@ async def test_an_edited_or_deleted_message_is_found_again_as_it_is_now(yard: Ya
     await yard.store.db["messages"].update_one({"_id": said}, {"$set": {"content": ""}})
     assert await found_again(yard, listener) == 1
     assert msgspec.to_builtins(listener.heard[0].data)["content"] == ""
+
+
+async def test_batches_that_the_outbox_does_not_know_of_are_bounded(
+    yard: Yard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listener = Listener()
+    monkeypatch.setattr(events_role, "BATCH", 1)
+    monkeypatch.setattr(events_role, "UNCONFIRMED", 2)
+    hangs = anyio.Event()
+
+    async def never(_: object) -> None:
+        await hangs.wait()
+
+    monkeypatch.setattr(yard.store.events, "confirm", never)
+    async with run_lane(yard):
+        conv = await yard.create("ann", "agent", agent_id="agent")
+        for number in range(8):
+            await yard.said(conv, "ann", f"k{number}")
+    async with anyio.create_task_group() as group:
+        group.start_soon(events_role.follow, yard.store, yard.broker, [listener])
+        await anyio.sleep(0.5)
+        # One at the outbox, two that wait, one in the reader's hand.
+        assert len(listener.heard) == 4
+        hangs.set()
+        await eventually(lambda: _heard(listener, 8))
+        group.cancel_scope.cancel()
+
+
+async def _heard(listener: Listener, number: int) -> bool:
+    return len(listener.heard) == number

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from msgspec import UNSET
 
 from protocol import keys
 from workers.agents.registry import Registry
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.anyio
 
 ECHO: dict[str, Any] = {"name": "Echo", "kind": "python", "handler": "echo", "capabilities": ["echo", "test"]}
-HOOK: dict[str, Any] = {"name": "Weather", "kind": "webhook", "url": "https://weather.example/ask"}
+HOOK: dict[str, Any] = {"name": "Weather", "kind": "webhook", "url": "http://127.0.0.1:9/ask"}
 
 
 async def register(rest: Rest, **fields: object) -> dict[str, Any]:
@@ -73,7 +74,11 @@ async def test_users_are_not_shown_where_an_agent_runs_and_nobody_its_secret(res
         {"handler": "nobody"},
         {"url": "https://weather.example/"},
         {"kind": "webhook"},
-        {"kind": "webhook", "handler": "echo", "url": "ftp://weather.example/"},
+        {"kind": "webhook", "handler": "echo", "url": "http://127.0.0.1:9/"},
+        {"kind": "webhook", "handler": UNSET, "url": "ftp://weather.example/"},
+        {"kind": "webhook", "handler": UNSET, "url": "http://169.254.169.254/latest/meta-data"},
+        {"kind": "webhook", "handler": UNSET, "url": "https://10.0.0.1/"},
+        {"kind": "webhook", "handler": UNSET, "url": "https://user:secret@127.0.0.1/"},
         {"kind": "websocket"},
         {"capabilities": ["has spaces"]},
         {"concurrency": 0},
@@ -82,7 +87,8 @@ async def test_users_are_not_shown_where_an_agent_runs_and_nobody_its_secret(res
     ],
 )
 async def test_an_agent_that_says_no_way_to_reach_it_is_refused(rest: Rest, fields: dict[str, Any]) -> None:
-    answer = await rest.call("POST", "/v1/agents", rest.admin_token, {**ECHO, **fields})
+    body = {name: value for name, value in {**ECHO, **fields}.items() if value is not UNSET}
+    answer = await rest.call("POST", "/v1/agents", rest.admin_token, body)
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "validation_failed")
 
 

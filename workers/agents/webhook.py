@@ -7,17 +7,15 @@ none. What comes back is a stranger's: bounded, never followed anywhere, read st
 
 from __future__ import annotations
 
-import base64
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from protocol import codec
-from protocol.events import message_received
+from protocol import codec, webhooks
+from protocol.events import STRUCTURED_TYPE, message_received
 from workers.agents.calls import Answer, Failure, judged
 from workers.agents.replies import now_ms
 from workers.egress import Answered, Egress, Failed
-from workers.senders import signature
 
 if TYPE_CHECKING:
     from protocol.models import Agent
@@ -28,10 +26,7 @@ if TYPE_CHECKING:
 ANSWER_BYTES: Final = 320 * 1024
 """48 KiB of content are up to 288 KiB of JSON."""
 USER_AGENT: Final = "Trireme-Agents/1"
-CLOUDEVENT: Final = "application/cloudevents+json; charset=utf-8"
 _SILENT: Final = frozenset((202, 204))
-_TRANSIENT: Final = frozenset((429, 500, 502, 503, 504))
-"""Reliability.md section 11."""
 
 
 class _Said(msgspec.Struct):
@@ -58,14 +53,13 @@ class WebhookCaller:
         """See `calls.Caller.call`. Raises StoreUnavailable."""
         body = codec.encode_value(message_received(task.event))
         timestamp = str(now_ms() // 1000)
-        secret = await self._store.agents.secret(agent.agent_id)
-        key = base64.b64decode(secret.removeprefix("whsec_"))
+        key = webhooks.key_of(await self._store.agents.secret(agent.agent_id))
         headers = {
-            "content-type": CLOUDEVENT,
+            "content-type": STRUCTURED_TYPE,
             "user-agent": USER_AGENT,
             "webhook-id": task.message_id,
             "webhook-timestamp": timestamp,
-            "webhook-signature": signature(key, task.message_id, timestamp, body),
+            "webhook-signature": webhooks.signature([key], task.message_id, timestamp, body),
             "trireme-agent": agent.agent_id,
         }
         if context.intent:
@@ -84,7 +78,7 @@ def _read(found: Answered | Failed) -> Answer | Failure:
     if 300 <= found.status < 400:
         return Failure(f"status {found.status}: redirects are not followed", is_final=True)
     if found.status != 200:
-        is_away = found.status in _TRANSIENT
+        is_away = found.status in webhooks.TRANSIENT
         return Failure(f"status {found.status}", is_final=not is_away, is_away=is_away)
     if not found.is_whole:
         return Failure(f"the answer is over {ANSWER_BYTES} bytes", is_final=True)

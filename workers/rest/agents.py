@@ -6,7 +6,6 @@ where it runs.
 
 from __future__ import annotations
 
-import base64
 import secrets
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -17,6 +16,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from protocol.errors import ErrorCode
 from protocol.models import AGENT_PREFIX, Agent, AgentKind, AgentStatus, User, UserStatus
+from protocol.webhooks import SECRET_BYTES, secret_of
 from workers.agents.classes import class_names
 from workers.agents.registry import Registry
 from workers.rest.access import actor_guard, admin_guard, shape_guard
@@ -106,7 +106,7 @@ async def create_agent(data: JSONBody[NewAgent], desk: DeskDependency) -> Create
         created_at=now,
         updated_at=now,
     )
-    _check(desk, agent.kind, agent.url, agent.handler)
+    await _check(desk, agent.kind, agent.url, agent.handler)
     account = User(
         user_id=agent.agent_id,
         phone=None,
@@ -172,7 +172,7 @@ async def change_agent(agent_id: PathId, data: JSONBody[AgentChange], desk: Desk
         raise _unknown()
     given = {field: value for field, value in msgspec.structs.asdict(data).items() if value is not UNSET}
     changed = msgspec.structs.replace(agent, **given)
-    _check(desk, changed.kind, changed.url, changed.handler)
+    await _check(desk, changed.kind, changed.url, changed.handler)
     return await _change(desk, agent_id, msgspec.to_builtins(given))
 
 
@@ -225,12 +225,14 @@ async def _change(desk: Desk, agent_id: str, values: Mapping[str, Any]) -> Agent
     return changed
 
 
-def _check(desk: Desk, kind: AgentKind, url: str | UnsetType, handler: str | UnsetType) -> None:
-    """Does it say how it is reached, and only that? Raises RestError."""
+async def _check(desk: Desk, kind: AgentKind, url: str | UnsetType, handler: str | UnsetType) -> None:
+    """Does it say how it is reached, and only that, and may we go there? Raises RestError."""
     if (kind is AgentKind.WEBHOOK) is isinstance(url, UnsetType):
         raise RestError(ErrorCode.VALIDATION_FAILED, "url: a webhook has one, and nobody else")
     if (kind is AgentKind.PYTHON) is isinstance(handler, UnsetType):
         raise RestError(ErrorCode.VALIDATION_FAILED, "handler: a python agent has one, and nobody else")
+    if not isinstance(url, UnsetType) and (refused := await desk.egress.check(url)):
+        raise RestError(ErrorCode.VALIDATION_FAILED, f"url: {refused}")
     if not isinstance(handler, UnsetType) and handler not in class_names(desk.settings):
         raise RestError(ErrorCode.VALIDATION_FAILED, "handler: no class of this name here (TRIREME_AGENT_CLASSES)")
 
@@ -246,7 +248,7 @@ def _registry(desk: Desk) -> Registry:
 
 
 def _new_secret() -> str:
-    return "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
+    return secret_of(secrets.token_bytes(SECRET_BYTES))
 
 
 def _unknown() -> RestError:
