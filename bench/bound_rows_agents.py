@@ -27,6 +27,7 @@ AGENTS: Final = (
         gauge="trireme_agent_tasks_in_hand",
         test=_TEST + "test_a_process_takes_no_more_tasks_than_its_bound",
         holds=(
+            "workers.agents.runner.Runner._broken",
             "workers.agents.runner.Runner._done",
             "workers.agents.runner.Runner._in_hand",
             "workers.agents.runner.Runner._lanes",

@@ -15,6 +15,7 @@ import msgspec
 import structlog
 
 from protocol import codec, frames, records
+from protocol.models import AGENT_PREFIX
 from workers import metrics
 from workers.broker import Broker, BrokerUnavailable
 
@@ -159,7 +160,8 @@ class Courier:
         self._registry = registry
 
     async def deliver(self, committed: Sequence[Committed], down: Down) -> dict[str, list[StoredMessage]]:
-        """Add the deliveries of these commits to `down`, in log order; returns the messages of offline users. Raises
+        """Add the deliveries of these commits to `down`, in log order; returns the messages of offline
+        users, but for agents, who have their tasks. Raises
         BrokerUnavailable.
         """
         runs = _runs(committed)
@@ -174,7 +176,7 @@ class Courier:
             users_at: dict[str, list[str]] = defaultdict(list)
             for user_id in run.roster:
                 instances = where[user_id]
-                if not instances:
+                if not instances and not user_id.startswith(AGENT_PREFIX):
                     offline[user_id] += [m for m in run.messages if m.sender_id != user_id]
                 for instance in set(instances) if len(instances) > 1 else instances:
                     users_at[instance].append(user_id)

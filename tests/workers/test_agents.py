@@ -17,6 +17,7 @@ from tests.workers.lanes import eventually, run_lane
 from workers import events
 from workers.agents import role
 from workers.agents.classes import BUILT_IN
+from workers.agents.routing import Router
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from tests.workers.lanes import Yard
     from workers.agents.classes import Context
     from workers.settings import Settings
+    from workers.store.agent_tasks import Task
 
 pytestmark = pytest.mark.anyio
 
@@ -193,6 +195,32 @@ async def test_an_agent_has_no_more_calls_under_way_than_its_bound(yard: Yard, s
         for conv in rooms:
             await eventually(lambda conv=conv: has(yard, conv, 2))  # type: ignore[misc]
     assert Scripted.most == 2
+
+
+async def test_a_bot_on_a_websocket_answers_by_itself(yard: Yard, settings: Settings) -> None:
+    await register(yard, kind=AgentKind.WEBSOCKET, handler=msgspec.UNSET)
+    async with run_lane(yard), agents_at_work(yard, settings):
+        conv = await talk_of(yard)
+        asked = await yard.said(conv, "ann", "k1", "sealed")
+        await eventually(lambda: all_done(yard, 1))
+        answers = [await yard.said(conv, AGENT, f"reply:{asked}", "opened") for _ in range(2)]
+    assert Scripted.asked == []
+    assert len(set(answers)) == 1, "said twice, it is the same message"
+    assert await said_in(yard, conv) == [("ann", "sealed"), (AGENT, "opened")]
+
+
+async def test_an_agent_has_no_inbox_since_it_has_its_tasks(yard: Yard, settings: Settings) -> None:
+    await register(yard)
+    async with run_lane(yard), agents_at_work(yard, settings):
+        conv = await talk_of(yard)
+        await yard.said(conv, "ann", "k1", "hello")
+        await eventually(lambda: has(yard, conv, 2))
+        await eventually(lambda: _in_inbox(yard, "ann"))
+    assert await yard.broker.read_inbox(AGENT, 10) == []
+
+
+async def _in_inbox(yard: Yard, user_id: str) -> bool:
+    return len(await yard.broker.read_inbox(user_id, 10)) == 1
 
 
 async def _asked(number: int) -> bool:
@@ -429,6 +457,29 @@ async def test_an_agent_that_raises_is_tried_three_times(yard: Yard, settings: S
         await yard.said(conv, "ann", "k2", "and now")
         await eventually(lambda: has(yard, conv, 4))
     assert (await said_in(yard, conv))[-1] == (AGENT, "better")
+
+
+async def test_a_task_that_meets_a_bug_fails_alone(
+    yard: Yard, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await register(yard)
+    route = Router.route
+
+    async def trip(router: Router, task: Task) -> Any:
+        if task.event.content == "trip":
+            raise KeyError("a bug")
+        return await route(router, task)
+
+    monkeypatch.setattr(Router, "route", trip)
+    async with run_lane(yard), agents_at_work(yard, settings):
+        conv = await talk_of(yard)
+        await yard.said(conv, "ann", "k1", "trip")
+        await yard.said(conv, "ann", "k2", "walk")
+        await eventually(lambda: all_done(yard, 2))
+    assert (await said_in(yard, conv))[-1] == (AGENT, "re: walk")
+    task = await yard.store.db["agent_tasks"].find_one({"status": "failed"})
+    assert task is not None
+    assert (task["event"]["content"], task["error"]) == ("trip", "KeyError")
 
 
 async def test_an_agent_with_nothing_to_say_says_nothing(yard: Yard, settings: Settings) -> None:

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import msgspec
 import pytest
 
 from protocol import keys
@@ -110,6 +111,15 @@ async def test_finished_tasks_are_remembered_up_to_a_bound(
         runner = runner_of(settings, store, router, group)
         runner.take(made)
     assert [runner.wants(one.message_id, "conv_1") for one in made] == [True, False, False]
+
+
+async def test_processes_share_the_calls_that_an_agent_takes_at_once(settings: Settings, store: Store) -> None:
+    async with anyio.create_task_group() as group:
+        runner = runner_of(settings, store, Waits(), group)
+        busy = msgspec.structs.replace(agent("agt_0"), concurrency=4)
+        for share, calls in ((1, 4), (2, 2), (9, 1)):
+            runner.share = share
+            assert runner._desk(busy).room.total_tokens == calls
 
 
 async def test_agents_are_remembered_up_to_a_bound(

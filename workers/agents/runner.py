@@ -97,6 +97,8 @@ class Runner:
         self._finished: OrderedDict[str, None] = OrderedDict()
         self._done: list[str] = []
         """Finished, and not written down yet."""
+        self._broken: list[tuple[str, str]] = []
+        """(task, error) of those that met a bug, and are not written down yet."""
         self._desks: OrderedDict[str, _Desk] = OrderedDict()
         self.room_left = anyio.Event()
         self.holds: Callable[[int], bool] = lambda _: True
@@ -155,6 +157,10 @@ class Runner:
                 log.warning("agent_task_waits", message_id=task.message_id, error=str(error)[:200])
                 await anyio.sleep(_PAUSE_SECONDS)
                 continue
+            except Exception as error:  # boundary "record": this task fails, the others go on
+                log.error("agent_task_broke", message_id=task.message_id, exc_info=error)
+                self._broken.append((task.message_id, type(error).__name__))
+                outcome = "failed"
             metrics.AGENT_TASKS.labels(outcome).inc()
             log.debug("agent_task_done", message_id=task.message_id, outcome=outcome)
             return
@@ -269,11 +275,14 @@ class Runner:
     async def flush(self) -> None:
         """Write down what is done now."""
         done, self._done = self._done, []
-        if not done:
-            return
         try:
-            await self._store.agent_tasks.finish(done, datetime.now(UTC))
-        except StoreUnavailable as error:
+            if done:
+                await self._store.agent_tasks.finish(done, datetime.now(UTC))
+            while self._broken:
+                message_id, error = self._broken[0]
+                await self._store.agent_tasks.fail(message_id, "", error, datetime.now(UTC))
+                del self._broken[0]
+        except StoreUnavailable as failure:
             self._done += done
-            log.warning("agent_tasks_not_finished", tasks=len(done), error=str(error)[:200])
+            log.warning("agent_tasks_not_finished", tasks=len(done), error=str(failure)[:200])
             await anyio.sleep(_PAUSE_SECONDS)
