@@ -239,7 +239,11 @@ class Campaign:
                 for episode in self.nemesis.episodes
                 if episode.is_late
             ]
-        found |= {"rollbacks": self._rig.replica_set.rollbacks(), "not_run": absent(self._rig)}
+        found |= {
+            "rollbacks": self._rig.replica_set.rollbacks(),
+            "valkey_files_cut": sum(valkey.cuts for valkey in (self._rig.valkey, self._rig.standby)),
+            "not_run": absent(self._rig),
+        }
         found |= {"audit": self._audit, "settings": settings}
         found |= {"machine": figures.machine(), "load_average": os.getloadavg()[0], "commit": figures.commit()}
         found["verdict"] = figures.verdict(violations)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import subprocess
 import time
 from typing import TYPE_CHECKING, Final
 
@@ -22,11 +23,11 @@ from bench.services import (
 )
 
 if TYPE_CHECKING:
-    import subprocess
     from collections.abc import Callable
     from pathlib import Path
 
 POLL_SECONDS: Final = 0.02
+BROKEN_FILE: Final = "Bad file format"
 
 
 class Server:
@@ -93,11 +94,42 @@ class Valkey(Server):
         self.data_dir = directory / name
         self.data_dir.mkdir(parents=True, exist_ok=True)
         super().__init__(name, valkey_arguments(self.data_dir, port), port, log)
+        self.cuts = 0
+        """How often its file was cut where it was broken."""
 
     def start_ready(self) -> None:
-        """Start it and wait until it has loaded its data."""
+        """Start it and wait until it has loaded its data. A file that a full disk has left broken is cut where it
+        breaks, as an operator would: all that is behind is lost to Redis."""
+        try:
+            self._come_up()
+        except ServicesError as error:
+            if BROKEN_FILE not in str(error):
+                raise
+            self._cut_file()
+            self._come_up()
+
+    def _come_up(self) -> None:
         self.start()
         self.wait_until(lambda: valkey_answers(self.port), time.monotonic() + START_DEADLINE_SECONDS)
+
+    def _cut_file(self) -> None:
+        """`valkey-check-aof --fix`, which is the server's own binary by another name. Raises ServicesError.
+
+        Of the last file alone: by the manifest it takes the base of Valkey 9, a dump, for commands.
+        """
+        last = max(self.data_dir.glob("appendonlydir/*.incr.aof"), key=lambda file: int(file.name.split(".")[-3]))
+        said = subprocess.run(
+            ["valkey-check-aof", "--fix", str(last)],
+            executable=self._arguments[0],
+            input=b"y\n",
+            capture_output=True,
+            check=False,
+            timeout=START_DEADLINE_SECONDS,
+        )
+        if said.returncode != 0:
+            words = said.stdout.decode(errors="replace")[-500:]
+            raise ServicesError(f"{self.name}: its file cannot be mended: {words}")
+        self.cuts += 1
 
     def forget(self) -> None:
         """Remove its data, while it is down."""

@@ -20,6 +20,8 @@ from bench.chaos.links import Link, Weather
 from bench.chaos.nemesis import Episode, chapters, schedule
 from bench.chaos.retention import wrong_pages
 from bench.chaos.samples import STEP_SECONDS, Sample, Sampler
+from bench.chaos.server import Valkey
+from bench.services import free_port
 from protocol.frames import MessagesPayload
 from protocol.models import MessageStatus, MessageType, StoredMessage
 
@@ -298,3 +300,24 @@ async def test_a_link_can_be_bad_for_one_program_only() -> None:
         with trio.move_on_after(0.2) as scope:
             await ask(mine, b"slow")
         assert scope.cancelled_caught
+
+
+def test_a_file_of_valkey_that_is_broken_in_the_middle_is_cut_there(tmp_path: Path) -> None:
+    """What a disk that was full may leave behind, seen after a later kill."""
+    valkey = Valkey("valkey", tmp_path, free_port(), tmp_path / "valkey.log")
+    valkey.start_ready()
+    try:
+        with valkey.client() as client:
+            for name in ("before", "broken", "behind"):
+                client.set(name, name * 20)
+        valkey.kill()
+        (file,) = valkey.data_dir.glob("appendonlydir/*.incr.aof")
+        written = file.read_bytes()
+        at = written.index(b"broken")
+        file.write_bytes(written[:at] + bytes(64) + written[at + 64 :])
+        valkey.start_ready()
+        with valkey.client() as client:
+            assert (client.exists("before"), client.exists("behind")) == (1, 0)
+        assert valkey.cuts == 1
+    finally:
+        valkey.end()
