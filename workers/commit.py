@@ -23,7 +23,7 @@ from workers.store.errors import StoreUnavailable
 from workers.store.messages import DocumentRefused, Found, Key, KeyTaken, SequenceTaken, from_ms
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from workers.conversations import Conversations, Owned
     from workers.dead_letters import DeadLetters
@@ -122,6 +122,7 @@ class Committer:
         found: dict[Key, Found] = {}
         if doubted:
             found = await self._store.messages.find_keys(entry.key for entry in doubted)
+            self._forget_behind(found)
         replies = await self._find_reply_targets(batch)
         changed = {entry.record.message_id for entry in batch if isinstance(entry.record, records.ChangeMessage)}
         targets = await self._store.changes.targets(list(changed)) if changed else {}
@@ -140,8 +141,26 @@ class Committer:
         if plan.doubts:
             # One read for all of them, however many are refused; none for what is accepted: its insert would notice.
             keys = [] if look_up else [doubt.entry.key for doubt in plan.doubts]
-            self._planner.settle_doubts(plan, await self._store.messages.find_keys(keys))
+            found = await self._store.messages.find_keys(keys)
+            if self._forget_behind(found):
+                self._conversations.forget({entry.conversation_id for entry in batch})  # the plan has counted on
+                return await self._plan(batch, True, now_ms)
+            self._planner.settle_doubts(plan, found)
         return plan
+
+    def _forget_behind(self, found: Mapping[Key, Found]) -> bool:
+        """Forget conversations whose log goes further than is known here: an insert whose outcome nobody knew was
+        confirmed after they were loaded, and before its key was looked up. What it means, and where the log ends, is
+        read again. Was there one?"""
+        behind = set()
+        for (conversation_id, *_), hit in found.items():
+            owned = self._conversations.get(conversation_id)
+            if owned is not None and owned.last < hit.sequence_number:
+                behind.add(conversation_id)
+        if behind:
+            log.warning("log_goes_further", conversations=len(behind))
+            self._conversations.forget(behind)
+        return bool(behind)
 
     def _is_doubtful(self, entry: Entry) -> bool:
         """May this be the retry of what has its ack, without the insert noticing? A change or command that would now

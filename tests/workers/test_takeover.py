@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
+from pymongo.errors import AutoReconnect
 
 from protocol import keys, records
 from tests.workers.lanes import SHARDS, crashing_lane, eventually, run_lane, settled
 from tests.workers.seeding import membership
 from workers import consumer
+from workers.store.messages import OutcomeUnknown
 
 if TYPE_CHECKING:
     from tests.workers.lanes import Yard
@@ -123,3 +125,35 @@ async def test_the_end_of_a_log_is_known_though_its_owner_died_between_acknowled
     last = (await yard.log(conv))[-1]
     assert conversation is not None
     assert conversation["last_message_at"] == last["created_at"]
+
+
+async def test_a_message_that_is_confirmed_between_two_reads_moves_the_end_of_its_log(
+    yard: Yard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody knew what became of its insert; it was not there yet when the log was read again, and was when its key was
+    looked up. What the log ended with by then was taken for its end: no sweep mended a lost push, and who was added by
+    it was no member to the owner. Simulator, seed 12195 of d38c469."""
+    append, find_keys = yard.store.messages.append, yard.store.messages.find_keys
+    on_their_way: list[Any] = []
+
+    async def append_later(documents: Any) -> None:
+        on_their_way.append(documents)
+        raise OutcomeUnknown("the reply was lost") from AutoReconnect()
+
+    async def confirm_and_find(wanted: Any) -> Any:
+        while on_their_way:
+            await append(on_their_way.pop())
+        return await find_keys(wanted)
+
+    async def flushed() -> bool:
+        document = await yard.store.db["sequence_numbers"].find_one({"_id": conv})
+        return document is not None and document["last_sequence_number"] == 2
+
+    async with run_lane(yard):
+        conv = await yard.create("ann", "ben")
+        await yard.said(conv, "ben", "k1")
+        with monkeypatch.context() as patched:
+            patched.setattr(yard.store.messages, "append", append_later)
+            patched.setattr(yard.store.messages, "find_keys", confirm_and_find)
+            await yard.said(conv, "ann", "k2")
+        await eventually(flushed)
