@@ -9,9 +9,26 @@ from bench.bound import Bound
 _APPS: Final = "Webhooks and agents"
 
 _EGRESS: Final = "tests/workers/test_egress.py::"
+_EVENTS: Final = "tests/workers/test_events.py::"
 _WEBHOOKS: Final = "tests/workers/test_webhooks.py::"
 
 APPS: Final = (
+    Bound(
+        room=_APPS,
+        where="workers.broker:EVENTS_LIMIT",
+        unit="events in the stream",
+        past="the oldest go; the outbox has what nobody confirmed, and the log all of them",
+        gauge="trireme_events_greatest_lag",
+        test=_EVENTS + "test_the_stream_keeps_its_newest_and_drops_what_is_older_than_it_is_kept",
+    ),
+    Bound(
+        room=_APPS,
+        where="workers.listeners:KEPT_SECONDS",
+        unit="s in the stream",
+        past="the oldest go",
+        gauge="trireme_events_greatest_lag",
+        test=_EVENTS + "test_the_stream_keeps_its_newest_and_drops_what_is_older_than_it_is_kept",
+    ),
     Bound(
         room=_APPS,
         where="protocol.webhooks:LIMIT",

@@ -15,9 +15,11 @@ import anyio
 import httpx2
 import msgspec
 
+from protocol import keys, webhooks
 from protocol.models import DLQStatus
-from workers import inspection, push_queue
-from workers.broker import BrokerUnavailable, open_broker
+from protocol.webhooks import Reason, WebhookStatus
+from workers import inspection, listeners, push_queue
+from workers.broker import EVENTS_LIMIT, BrokerUnavailable, open_broker
 from workers.commands import say
 from workers.fitness import Finding, Level, judge_mongodb, judge_redis
 from workers.push.providers import kinds
@@ -27,6 +29,7 @@ from workers.store.errors import StoreUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from datetime import datetime
 
     from workers.broker import Broker
     from workers.store import Store
@@ -146,6 +149,7 @@ async def _look_around(settings: Settings) -> list[Finding]:
         async with open_store(settings.mongodb_url, settings.message_retention_days, as_it_is=True) as store:
             findings += judge_mongodb(await store.condition())
             findings += await _letters(store)
+            findings += await _webhooks(store)
     except StoreUnfit as error:
         findings.append(Finding("mongodb", Level.BAD, str(error), "see README.md, Run it"))
     except StoreUnavailable as error:
@@ -158,6 +162,7 @@ async def _look_around(settings: Settings) -> list[Finding]:
             findings += await _instances(broker)
             findings += await _shards(broker, settings.shards)
             findings += await _pushes(settings, broker)
+            findings += await event_groups(broker)
     except BrokerUnavailable as error:
         advice = f"is it running at {_shown('redis_url', settings.redis_url)}, and may we connect?"
         findings.append(Finding("redis", Level.BAD, f"Redis does not answer: {_one_line(error)}", advice))
@@ -177,6 +182,54 @@ async def _letters(store: Store) -> list[Finding]:
         return [Finding("dead letters", Level.GOOD, "no dead letter waits")]
     said = ", ".join(f"{number} {status}" for status, number in counts.items() if status is not DLQStatus.RESOLVED)
     return [Finding("dead letters", Level.DOUBTFUL, said, "python -m workers dlq list")]
+
+
+async def _webhooks(store: Store) -> list[Finding]:
+    """Who gets nothing any more, and how many do."""
+    page, _ = await store.webhooks.page(None, "", webhooks.LIMIT)
+    disabled = [webhook for webhook in page if webhook.status is WebhookStatus.DISABLED]
+    findings = [
+        Finding(
+            "webhooks",
+            Level.DOUBTFUL,
+            f"{webhook.webhook_id} of {webhook.app} is disabled since {_minute(webhook.disabled_at)} "
+            f"({webhook.status_reason})",
+            f"mend it, POST /v1/webhooks/{webhook.webhook_id}/enable, and replay what was said meanwhile",
+        )
+        for webhook in disabled
+        if webhook.status_reason is not Reason.BY_HAND
+    ]
+    findings += [
+        Finding(
+            "webhooks",
+            Level.DOUBTFUL,
+            f"{webhook.webhook_id} of {webhook.app} has taken nothing since {_minute(webhook.failing_since)}",
+            f"GET /v1/webhooks/{webhook.webhook_id}/deliveries?status=failed says why",
+        )
+        for webhook in page
+        if webhook.status is WebhookStatus.ENABLED and webhook.failing_since is not None
+    ]
+    return findings or [Finding("webhooks", Level.GOOD, f"{len(page) - len(disabled)} webhooks are enabled")]
+
+
+def _minute(moment: datetime | None) -> str:
+    return "" if moment is None else moment.isoformat(timespec="minutes")
+
+
+async def event_groups(broker: Broker) -> list[Finding]:
+    """Apps that read the stream, and those that soon miss something."""
+    groups = await listeners.groups(broker)
+    late = [group for group in groups if (group.lag or 0) > EVENTS_LIMIT // 2]
+    findings = [
+        Finding(
+            "event groups",
+            Level.DOUBTFUL,
+            f"group {group.name} has {group.lag} events to read; the stream keeps {EVENTS_LIMIT}",
+            f"start its app, or destroy it: XGROUP DESTROY {keys.EVENTS} {group.name}",
+        )
+        for group in late
+    ]
+    return findings or [Finding("event groups", Level.GOOD, f"{len(groups)} consumer groups of apps keep up")]
 
 
 async def _instances(broker: Broker) -> list[Finding]:

@@ -16,7 +16,7 @@ import anyio
 import structlog
 
 from protocol import codec, events
-from workers import metrics
+from workers import listeners, metrics
 from workers.agents.tasks import TaskQueue, TaskSink
 from workers.broker import Broker, BrokerUnavailable
 from workers.egress import open_egress
@@ -114,6 +114,8 @@ async def _sweep(store: Store, broker: Broker, sinks: Sequence[Sink]) -> None:
         await anyio.sleep(SWEEP_SECONDS)
         try:
             await sweep(store, broker, sinks, _now() - timedelta(seconds=OVERDUE_SECONDS))
+            await listeners.trim(broker, int(_now().timestamp() * 1000))
+            metrics.EVENTS_LAG.set(max((group.lag or 0 for group in await listeners.groups(broker)), default=0))
         except (BrokerUnavailable, StoreUnavailable) as error:
             log.warning("events_sweep_waits", error=str(error)[:200])
 

@@ -68,7 +68,7 @@ async def run(settings: Settings, store: Store, broker: Broker, stopping: anyio.
         upkeep.start_soon(presence.keep, store, broker, name="presence")
         upkeep.start_soon(_stay_listed, broker, worker_id, name="instance lease")
         upkeep.start_soon(leases.run, name="shard leases")
-        upkeep.start_soon(interest.run, store, name="interest")
+        upkeep.start_soon(interest.run, store, broker, name="interest")
         upkeep.start_soon(janitor.run, store, name="janitor")
         async with anyio.create_task_group() as group:
             for index, lane in enumerate(lanes):

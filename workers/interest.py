@@ -13,11 +13,14 @@ import structlog
 
 from protocol import events
 from protocol.models import AGENT_PREFIX
+from workers import listeners
+from workers.broker import BrokerUnavailable
 from workers.store.errors import StoreUnavailable
 from workers.store.messages import from_ms
 
 if TYPE_CHECKING:
     from protocol.models import Conversation
+    from workers.broker import Broker
     from workers.drafts import Draft
     from workers.store import Store
 
@@ -33,16 +36,17 @@ class Interest:
         self.listened = False
         """Does an app listen to all conversations?"""
 
-    async def look(self, store: Store) -> None:
-        """Ask now. Raises StoreUnavailable."""
-        self.listened = await store.events.has_listeners()
+    async def look(self, store: Store, broker: Broker) -> None:
+        """Ask now: is there a webhook, or a consumer group on the stream? Raises StoreUnavailable,
+        BrokerUnavailable."""
+        self.listened = await store.events.has_listeners() or bool(await listeners.groups(broker))
 
-    async def run(self, store: Store) -> None:
+    async def run(self, store: Store, broker: Broker) -> None:
         """Ask again and again, until cancelled."""
         while True:
             try:
-                await self.look(store)
-            except StoreUnavailable as error:
+                await self.look(store, broker)
+            except (StoreUnavailable, BrokerUnavailable) as error:
                 log.warning("listeners_unknown", error=str(error)[:200])
             await anyio.sleep(EVERY_SECONDS)
 

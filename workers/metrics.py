@@ -66,6 +66,8 @@ SHARDS_HELD: Final = Gauge("trireme_shards_held", "Shards this process owns")
 EVENTS: Final = Counter("trireme_events_total", "Events by what became of them", ["outcome"])
 """outcome: handed_over; found_again (in the outbox, among the former)."""
 
+EVENTS_LAG: Final = Gauge("trireme_events_greatest_lag", "Events that an app's consumer group has not read, at most")
+
 WEBHOOK_TRIES: Final = Counter("trireme_webhook_tries_total", "Requests to webhooks by their outcome", ["outcome"])
 """outcome: delivered, transient, permanent (not tried again), blocked (where nobody goes), gone (410)."""
 WEBHOOK_SECONDS: Final = Histogram(

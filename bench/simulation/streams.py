@@ -136,6 +136,18 @@ class StreamCommands:
         self.touched(key)
         return b"OK"
 
+    def do_xinfo(self, arguments: list[bytes]) -> list[Any]:
+        """XINFO GROUPS key."""
+        if arguments[0] != b"GROUPS":
+            raise NotTwinned(f"XINFO {arguments[0]!r}")
+        stream: Stream | None = self.find(arguments[1], Stream)
+        if stream is None:
+            raise self.refusal("ERR no such key")
+        return [
+            [b"name", name, b"pending", len(group.pending), b"last-delivered-id", name_of(group.last)]
+            for name, group in stream.groups.items()
+        ]
+
     def do_xpending(self, arguments: list[bytes]) -> list[Any]:
         """XPENDING key group [IDLE ms start + count]."""
         key, name, *options = arguments

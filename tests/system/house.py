@@ -75,6 +75,18 @@ class House:
         self.urls[name] = f"ws://{HOST}:{port}{WS_PATH}"
         self.start(name)
 
+    def add_worker(self, name: str, *roles: str) -> None:
+        """One more worker process, which goes by this name."""
+        arguments = [sys.executable, "-m", "workers", *roles]
+        self._programs[name] = Program(arguments, dict(self.stack.environment), str(PROJECT))
+        self.start(name)
+
+    def remove(self, name: str) -> None:
+        """Kill a process that was added, for good."""
+        if self.is_alive(name):
+            self.kill(name)
+        del self.pids[name], self._programs[name]
+
     # --- faults ------------------------------------------------------------------------------------------------------
 
     def kill(self, *names: str) -> None:

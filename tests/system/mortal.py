@@ -1,6 +1,7 @@
 """A worker that dies of one message: a process, `python -m tests.system.mortal ROLE…`, to see what happens then.
 
-It is killed where it inserts the message, as a crash inside a C extension would: no exception, no goodbye, no flush.
+It is killed where it inserts the message, or right after that, as a crash inside a C extension would: no exception, no
+goodbye, no flush.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 POISON = "dies of this"
+LAST_WORDS = "dies once this is committed"
 
 _append = MessageStore.append
 
@@ -25,6 +27,8 @@ async def _die_of_poison(self: MessageStore, documents: Sequence[dict[str, Any]]
     if any(document["content"] == POISON for document in documents):
         os.kill(os.getpid(), signal.SIGKILL)
     await _append(self, documents)
+    if any(document["content"] == LAST_WORDS for document in documents):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.to_thread
@@ -13,11 +13,13 @@ import msgspec
 import pytest
 
 from bench.services import free_port
-from protocol import dev_keys
+from protocol import dev_keys, keys
+from protocol.webhooks import Reason
+from tests.workers.apps import now, open_app
 from tests.workers.conftest import serving
 from tests.workers.letters import POISON
 from workers import inspection
-from workers.doctor import ROLES, setting_findings
+from workers.doctor import ROLES, event_groups, setting_findings
 from workers.fitness import Finding, Level, judge_mongodb, judge_redis
 from workers.inspection import RedisCondition
 from workers.store import open_store
@@ -212,3 +214,24 @@ async def test_shards_without_an_owner_are_named(settings: Settings, broker: Bro
     assert "4 of 4 shards have no owner: their messages wait" in seen.stdout
     other = await doctor({**environ, "TRIREME_SHARDS": "8"}, "ingest")
     assert "TRIREME_SHARDS is 8, but this installation was started with 4" in other.stdout
+
+
+async def test_webhooks_that_get_nothing_and_groups_that_read_nothing_are_named(
+    settings: Settings, store: Store, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone, failing, fine = [await open_app(store, "https://a.example/") for _ in range(3)]
+    await store.webhooks.disable(gone.webhook_id, Reason.GONE, now())
+    await store.webhooks.failed(failing.webhook_id, now())
+    redis: Any = broker.client
+    await redis.xgroup_create(keys.EVENTS, "crm", id="0", mkstream=True)
+    for _ in range(3):
+        await redis.xadd(keys.EVENTS, {"r": "x"})
+    seen = await doctor({"TRIREME_REDIS_URL": settings.redis_url, "TRIREME_MONGODB_URL": settings.mongodb_url})
+    assert f"{gone.webhook_id} of crm is disabled since" in seen.stdout
+    assert f"-> mend it, POST /v1/webhooks/{gone.webhook_id}/enable, and replay" in seen.stdout
+    assert f"{failing.webhook_id} of crm has taken nothing since" in seen.stdout
+    assert fine.webhook_id not in seen.stdout
+    assert "1 consumer groups of apps keep up" in seen.stdout
+    monkeypatch.setattr("workers.doctor.EVENTS_LIMIT", 4)
+    (finding,) = await event_groups(broker)
+    assert finding.what == "group crm has 3 events to read; the stream keeps 4"

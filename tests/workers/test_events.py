@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import base64
+import hmac
+import re
+import sys
+import time
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import msgspec
 import pytest
 
-from protocol import codec, events, keys
+from protocol import codec, events, keys, webhooks
+from protocol.models import MessageType
 from tests.workers.lanes import crashing_lane, eventually, run_lane, settled
 from workers import events as events_role
+from workers import listeners
 from workers.broker import Broker, BrokerUnavailable
 from workers.events import run, sweep
 
@@ -72,7 +80,7 @@ async def test_messages_to_and_from_an_agent_are_events_and_others_are_not(yard:
 
 async def test_an_app_that_listens_hears_of_every_conversation(yard: Yard) -> None:
     await yard.store.db["webhooks"].insert_one({"_id": "wh_1", "status": "enabled"})
-    await yard.interest.look(yard.store)
+    await yard.interest.look(yard.store, yard.broker)
     async with run_lane(yard):
         conv = await yard.create("ann", "bob")
         said = await yard.said(conv, "ann", "k1")
@@ -195,3 +203,114 @@ async def test_batches_that_the_outbox_does_not_know_of_are_bounded(
 
 async def _heard(listener: Listener, number: int) -> bool:
     return len(listener.heard) == number
+
+
+# --- apps that read the stream ---------------------------------------------------------------------------------------
+
+
+async def test_a_consumer_group_on_the_stream_hears_of_every_conversation_until_it_is_destroyed(yard: Yard) -> None:
+    redis: Any = yard.broker.client
+    await yard.interest.look(yard.store, yard.broker)
+    assert not yard.interest.listened, "there is no stream yet"
+    await yard.broker.create_group(keys.EVENTS, keys.EVENTS_GROUP)
+    await yard.interest.look(yard.store, yard.broker)
+    assert not yard.interest.listened, "that group is the system's own"
+    await redis.xgroup_create(keys.EVENTS, "crm", id="$")
+    await yard.interest.look(yard.store, yard.broker)
+    async with run_lane(yard):
+        conv = await yard.create("ann", "bob")
+        said = [await yard.said(conv, "ann", f"k{number}", f"hello {number}") for number in range(3)]
+    (group,) = await listeners.groups(yard.broker)
+    assert (group.name, group.lag, group.pending) == ("crm", 3, 0)
+    ((_, entries),) = await redis.execute_command(
+        "XREADGROUP", "GROUP", "crm", "crm-1", "COUNT", 10, "STREAMS", keys.EVENTS, ">"
+    )
+    heard = [codec.decode_event(dict(zip(fields[::2], fields[1::2], strict=True))[keys.FIELD]) for _, fields in entries]
+    assert [event.id for event in heard] == said
+    await redis.xgroup_destroy(keys.EVENTS, "crm")
+    await yard.interest.look(yard.store, yard.broker)
+    assert not yard.interest.listened
+
+
+async def test_the_stream_keeps_its_newest_and_drops_what_is_older_than_it_is_kept(
+    yard: Yard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = events.MessageReceivedEvent(
+        message_id="msg_1",
+        idempotency_key="k",
+        conversation_id="c",
+        sender_id="a",
+        receiver_id="b",
+        sequence_number=1,
+        message_type=MessageType.TEXT,
+        content="x",
+        timestamp=datetime.now(UTC),
+    )
+    item = events.Outgoing("msg_1", events.message_received(message))
+    monkeypatch.setattr("workers.broker.EVENTS_LIMIT", 100)
+    for _ in range(10):
+        await yard.broker.append_events([item] * 100)
+    kept = await yard.broker.client.xlen(keys.EVENTS)
+    assert 100 <= kept <= 200, "Redis frees whole blocks of 100"
+    now_ms = int(datetime.now(UTC).timestamp() * 1000)
+    await listeners.trim(yard.broker, now_ms)
+    assert await yard.broker.client.xlen(keys.EVENTS) == kept
+    await listeners.trim(yard.broker, now_ms + listeners.KEPT_SECONDS * 1000 + 1000)
+    assert await yard.broker.client.xlen(keys.EVENTS) < 100
+
+
+async def test_the_example_of_the_documentation_reads_what_was_said_and_goes_on_where_it_was_killed(
+    yard: Yard, redis_url: str
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "events.md").read_text("utf-8")
+    (example,) = re.findall(r"```python\n(import json.*?)```", page, re.DOTALL)
+    assert len(example.strip().splitlines()) <= 20
+    program = example.replace("redis://127.0.0.1:6379/0", redis_url).replace(
+        'print(event["type"], event["id"])', 'print(event["type"], event["id"], flush=True)'
+    )
+
+    async def run_until(count: int) -> list[str]:
+        heard: list[str] = []
+        async with await anyio.open_process([sys.executable, "-c", program]) as process:
+            assert process.stdout is not None
+            with anyio.fail_after(20):
+                async for chunk in process.stdout:
+                    heard += [line.split()[1] for line in chunk.decode().splitlines()]
+                    if len(heard) >= count:
+                        break
+            process.kill()
+        return heard
+
+    redis: Any = yard.broker.client
+    await redis.xgroup_create(keys.EVENTS, "crm", id="$", mkstream=True)
+    await yard.interest.look(yard.store, yard.broker)
+    async with run_lane(yard):
+        conv = await yard.create("ann", "bob")
+        first = [await yard.said(conv, "ann", f"k{number}") for number in range(3)]
+        # Given to this consumer before, and not acknowledged when it was killed.
+        await redis.execute_command("XREADGROUP", "GROUP", "crm", "crm-1", "COUNT", 2, "STREAMS", keys.EVENTS, ">")
+        assert await run_until(3) == first
+        second = await yard.said(conv, "ann", "k3")
+        assert second in await run_until(1)
+
+
+async def test_the_receiver_of_the_documentation_tells_good_signatures_from_bad_ones() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "events.md").read_text("utf-8")
+    (example,) = re.findall(r"```python\n(def verified.*?)```", page, re.DOTALL)
+    assert len(example.strip().splitlines()) <= 10
+    names: dict[str, Any] = {"base64": base64, "hmac": hmac, "time": time, "Mapping": dict}
+    exec(example, names)
+    now = str(int(datetime.now(UTC).timestamp()))
+    old = str(int(now) - 600)
+    good, other = b"k" * 32, b"o" * 32
+
+    def verified(key: bytes, timestamp: str, body: bytes) -> bool:
+        signature = webhooks.signature([other, good], "msg_1", timestamp, b"{}")
+        headers = {"webhook-id": "msg_1", "webhook-timestamp": timestamp, "webhook-signature": signature}
+        found: bool = names["verified"](webhooks.secret_of(key), headers, body)
+        return found
+
+    assert verified(good, now, b"{}")
+    assert not verified(b"x" * 32, now, b"{}")
+    assert not verified(good, now, b"[]")
+    assert not verified(good, old, b"{}")
