@@ -19,7 +19,7 @@ def test_every_question_has_one_answer_though_the_agents_process_is_killed(tmp_p
     parser = argparse.ArgumentParser()
     agents.add_arguments(parser)
     figures = tmp_path / "figures.json"
-    arguments = ["--users", "20", "--questions", "3", "--every-seconds", "2", "--kills", "1", "--json", str(figures)]
+    arguments = ["--users", "10", "--questions", "2", "--every-seconds", "1.5", "--kills", "1", "--json", str(figures)]
     args = parser.parse_args(arguments)
     args.command = "agents"
     status = agents.main(args)
@@ -27,5 +27,5 @@ def test_every_question_has_one_answer_though_the_agents_process_is_killed(tmp_p
     assert found["verdict"] == "ok"
     assert status == 0
     assert found["killed"]["kills"] == 1
-    assert found["killed"]["answered"] == 60
+    assert found["killed"]["answered"] == 20
     assert found["routing_ms_from_before_the_commit"]["count"] > 0

@@ -47,6 +47,7 @@ async def test_an_agent_has_an_account_and_is_found_by_what_it_can_do(rest: Rest
     assert await found("text=weath") == [hook["agent"]["_id"]]
     assert await found("text=.*") == []
     assert await found("status=disabled") == []
+    assert (await rest.call("GET", "/v1/agents?text=%00", token)).status_code == 400
     assert await found("") == [echo["_id"], hook["agent"]["_id"]]
     page = (await rest.call("GET", "/v1/agents?limit=1", token)).json()
     assert await found(f"cursor={page['next_cursor']}") == [hook["agent"]["_id"]]

@@ -41,7 +41,7 @@ Concurrency = Annotated[int, Meta(ge=1, le=CONCURRENCY_LIMIT)]
 TimeoutSeconds = Annotated[float, Meta(ge=0.1, le=LONGEST_SECONDS)]
 CapabilityQuery = Annotated[str | None, QueryParameter(pattern=r"\A[a-z0-9][a-z0-9_.-]{0,63}\Z", required=False)]
 StatusQuery = Annotated[AgentStatus | None, QueryParameter(name="status", required=False)]
-TextQuery = Annotated[str | None, QueryParameter(min_length=1, max_length=100, required=False)]
+TextQuery = Annotated[str | None, QueryParameter(pattern=r"\A[^\x00-\x1f\x7f]{1,100}\Z", required=False)]
 Cursor = Annotated[str | None, QueryParameter(pattern=r"\A[A-Za-z0-9_.:-]{1,64}\Z", required=False)]
 
 
