@@ -1,4 +1,4 @@
-"""The Ed25519 key pair of `TRIREME_ENV=dev`, so that a fresh checkout signs and verifies tokens without configuration.
+"""The keys of `TRIREME_ENV=dev`, so that a fresh checkout signs and verifies tokens without configuration.
 
 Public by design: a process in any other environment refuses to start without keys of its own (RFC 8037 JWK).
 """
@@ -17,3 +17,6 @@ S3_URL: Final = "http://127.0.0.1:8333"
 S3_ACCESS_KEY: Final = "trireme-dev"
 S3_SECRET_KEY: Final = "trireme-dev-secret"
 """Of the local object store that `bench services` starts."""
+VAPID_PRIVATE_KEY: Final = "qWUm2iTfBUNsfu0ppz_oBX6lmDFlEyqzs7lmovRsh0Y"
+VAPID_SUBJECT: Final = "mailto:dev@localhost"
+"""Who a development system is to Web Push services (RFC 8292)."""

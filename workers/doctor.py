@@ -41,6 +41,9 @@ SECRETS: Final = frozenset(
         "jwt_private_key",
         "verification_webhook_secret",
         "push_webhook_secret",
+        "push_vapid_private_key",
+        "push_fcm_credentials",
+        "push_apns_key",
         "s3_access_key",
         "s3_secret_key",
     )

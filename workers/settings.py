@@ -30,6 +30,8 @@ _DEV_DEFAULTS: Final = {
     "admin_token": dev_keys.ADMIN_TOKEN,
     "jwt_private_key": dev_keys.PRIVATE_JWK,
     "verification_sender": "log",
+    "push_vapid_private_key": dev_keys.VAPID_PRIVATE_KEY,
+    "push_vapid_subject": dev_keys.VAPID_SUBJECT,
     "s3_url": dev_keys.S3_URL,
     "s3_access_key": dev_keys.S3_ACCESS_KEY,
     "s3_secret_key": dev_keys.S3_SECRET_KEY,
@@ -179,6 +181,20 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """A token that its device did not register again for so long is forgotten; apps do it whenever they start."""
     push_registrations_per_hour: Annotated[int, Meta(ge=1, le=1_000_000)] = 120
     """Tokens that one user registers."""
+    push_vapid_private_key: Annotated[str, Meta(pattern=r"\A([A-Za-z0-9_-]{43})?\Z")] = ""
+    """Who we are to Web Push services: `python -m workers keygen vapid`. Without it browsers are not told."""
+    push_vapid_subject: Annotated[str, Meta(pattern=r"\A((mailto:|https://)\S+)?\Z")] = ""
+    """How they reach the operator: `mailto:…` or `https://…`."""
+    push_fcm_credentials: str = ""
+    """The JSON of a Firebase service account. Without it there is no `fcm`."""
+    push_fcm_url: Annotated[str, Meta(pattern=r"\Ahttps?://[^/\s]+\Z")] = "https://fcm.googleapis.com"
+    push_apns_key: str = ""
+    """The PEM of an APNs .p8 key. Without it there is no `apns`."""
+    push_apns_key_id: Annotated[str, Meta(pattern=r"\A[A-Z0-9]{0,16}\Z")] = ""
+    push_apns_team_id: Annotated[str, Meta(pattern=r"\A[A-Z0-9]{0,16}\Z")] = ""
+    push_apns_topic: Annotated[str, Meta(pattern=r"\A[A-Za-z0-9.-]{0,128}\Z")] = ""
+    """The app's bundle id."""
+    push_apns_url: Annotated[str, Meta(pattern=r"\Ahttps?://[^/\s]+\Z")] = "https://api.push.apple.com"
     push_webhook_url: Annotated[str, Meta(pattern=r"\A(https?://\S+)?\Z")] = ""
     """Where jobs for tokens of the kind `webhook` go: a program of the operator's that reaches those devices."""
     push_webhook_secret: Annotated[str, Meta(pattern=_WEBHOOK_SECRET)] = ""
@@ -224,9 +240,23 @@ def load_settings(environ: Mapping[str, str], roles: Iterable[str]) -> Settings:
         for name in ("verification_webhook_url", "verification_webhook_secret"):
             if name not in values:
                 raise SettingError(f"{PREFIX}{name.upper()} is not set: there the codes are to go")
-    if settings.push_webhook_url and not settings.push_webhook_secret:
-        raise SettingError(f"{PREFIX}PUSH_WEBHOOK_SECRET is not set: it signs what TRIREME_PUSH_WEBHOOK_URL gets")
+    _check_pushes(settings)
     return settings
+
+
+_PUSH_NEEDS: Final = {
+    "push_webhook_url": ("push_webhook_secret",),
+    "push_vapid_private_key": ("push_vapid_subject",),
+    "push_apns_key": ("push_apns_key_id", "push_apns_team_id", "push_apns_topic"),
+}
+"""Setting → those that it is no use without."""
+
+
+def _check_pushes(settings: Settings) -> None:
+    for name, needed in _PUSH_NEEDS.items():
+        for other in needed:
+            if getattr(settings, name) and not getattr(settings, other):
+                raise SettingError(f"{PREFIX}{other.upper()} is not set: TRIREME_{name.upper()} needs it")
 
 
 def _private_jwks(text: str) -> list[_PrivateJwk]:
@@ -249,5 +279,7 @@ def _check_secrets(settings: Settings, private: list[_PrivateJwk]) -> None:
         raise SettingError(f"{PREFIX}JWT_PRIVATE_KEY is the public dev key; make another one: python -m workers keygen")
     if settings.s3_secret_key == dev_keys.S3_SECRET_KEY:
         raise SettingError(f"{PREFIX}S3_SECRET_KEY is the public dev key; choose another one")
+    if settings.push_vapid_private_key == dev_keys.VAPID_PRIVATE_KEY:
+        raise SettingError(f"{PREFIX}PUSH_VAPID_PRIVATE_KEY is the public dev key; python -m workers keygen vapid")
     if settings.verification_sender == "log":
         raise SettingError(f"{PREFIX}VERIFICATION_SENDER writes codes where many read them; choose webhook or none")

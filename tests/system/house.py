@@ -75,10 +75,10 @@ class House:
         self.urls[name] = f"ws://{HOST}:{port}{WS_PATH}"
         self.start(name)
 
-    def add_worker(self, name: str, *roles: str) -> None:
-        """One more worker process, which goes by this name."""
+    def add_worker(self, name: str, *roles: str, settings: Mapping[str, str] = MappingProxyType({})) -> None:
+        """One more worker process, which goes by this name. `settings` go before the others."""
         arguments = [sys.executable, "-m", "workers", *roles]
-        self._programs[name] = Program(arguments, dict(self.stack.environment), str(PROJECT))
+        self._programs[name] = Program(arguments, {**self.stack.environment, **settings}, str(PROJECT))
         self.start(name)
 
     def remove(self, name: str) -> None:

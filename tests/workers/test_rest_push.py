@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from tests.workers.seeding import Rest, refusal
+from tests.workers.subscriber import Subscriber
 
 if TYPE_CHECKING:
     from workers.settings import Settings
@@ -18,6 +19,11 @@ pytestmark = pytest.mark.anyio
 
 PHONE = "/v1/devices/phone/push"
 WEBHOOK = {"kind": "webhook", "token": "opaque"}
+BROWSER = Subscriber()
+
+
+def subscription(endpoint: str = "https://127.0.0.1:1/x", **keys: str) -> dict[str, object]:
+    return {"endpoint": endpoint, "expirationTime": None, "keys": BROWSER.keys | keys}
 
 
 @pytest.fixture
@@ -42,7 +48,8 @@ async def test_a_device_is_registered_shown_moved_and_taken_away(rest: Rest, sto
     user_id, _ = await rest.user("Ann")
     token = await device_token(rest, user_id)
     offered = await rest.call("GET", "/v1/push", token)
-    assert offered.json()["kinds"] == ["log", "webhook"]
+    assert offered.json()["kinds"] == ["log", "web_push", "webhook"]
+    assert len(offered.json()["application_server_key"]) == 87
     assert refusal(await rest.call("GET", PHONE, token)) == (404, "not_found")
     put = await rest.call("PUT", PHONE, token, WEBHOOK)
     assert put.status_code == 200, put.text
@@ -70,6 +77,16 @@ async def test_a_device_is_registered_shown_moved_and_taken_away(rest: Rest, sto
         ({"kind": "webhook", "token": "a b"}, "token"),
         ({"kind": "webhook", "token": {"$ne": None}}, "token"),
         ([], "object"),
+        ({"kind": "fcm", "token": "abc"}, "fcm is not configured here; there are: log, web_push, webhook"),
+        ({"kind": "apns", "token": "abc"}, "token"),
+        ({"kind": "web_push"}, "subscription"),
+        ({"kind": "web_push", "subscription": subscription(endpoint="")}, "endpoint"),
+        ({"kind": "web_push", "subscription": subscription(endpoint="x" * 2049)}, "endpoint"),
+        ({"kind": "web_push", "subscription": subscription(endpoint="https://10.0.0.1/")}, "endpoint: 10.0.0.1"),
+        ({"kind": "web_push", "subscription": subscription(endpoint="https://a:b@127.0.0.1/")}, "endpoint"),
+        ({"kind": "web_push", "subscription": subscription(p256dh="AAAA")}, "keys.p256dh"),
+        ({"kind": "web_push", "subscription": subscription(auth="AAAA")}, "keys.auth"),
+        ({"kind": "web_push", "subscription": subscription(auth="!")}, "Base64url"),
     ],
 )
 async def test_what_is_no_token_is_refused_in_words(rest: Rest, store: Store, body: object, said: str) -> None:
@@ -141,3 +158,12 @@ async def test_the_export_says_how_devices_are_told(rest: Rest) -> None:
     lines = [msgspec.json.decode(line) for line in export.content.splitlines()]
     (push,) = [line["push"] for line in lines if line["type"] == "push"]
     assert (push["device_id"], push["kind"], push["address"]) == ("phone", "webhook", "opaque")
+
+
+async def test_a_browser_registers_as_its_push_api_says(rest: Rest, store: Store) -> None:
+    user_id, token = await rest.user("Ann")
+    put = await rest.call("PUT", PHONE, token, {"kind": "web_push", "subscription": subscription()})
+    assert put.status_code == 200, put.text
+    (kept,) = await store.push_tokens.listed(user_id)
+    assert (kept.kind, kept.address) == ("web_push", "https://127.0.0.1:1/x")
+    assert {"p256dh": kept.p256dh, "auth": kept.auth} == BROWSER.keys

@@ -20,11 +20,17 @@ if TYPE_CHECKING:
     from workers.store.push_tokens import PushToken
 
 LOG: Final = "log"
+TRY_SECONDS: Final = 3.0
+"""For one try, to the end of its answer."""
 _GONE: Final = frozenset((404, 410))
 """RFC 8030 section 7.3; webhooks and FCM say it so too."""
 _LONGEST_WAIT_SECONDS: Final = 3600.0
 
 log = structlog.get_logger(__name__)
+
+
+class KeyUnfit(ValueError):
+    """A setting that is no key; one line, to stand behind the setting's name."""
 
 
 class Delivered(NamedTuple):

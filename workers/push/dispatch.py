@@ -16,7 +16,7 @@ import structlog
 from protocol.webhooks import FAILURES_TO_OPEN, JITTER, OPEN_SECONDS, TRIES, quick_retry_seconds
 from workers import metrics
 from workers.breaker import Breaker, BreakerOpen
-from workers.push.adapters import Delivered, Gone, Outcome, Refused, Retry
+from workers.push.adapters import TRY_SECONDS, Delivered, Gone, Outcome, Refused, Retry
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from workers.push.adapters import Adapter
     from workers.store.push_tokens import PushToken
 
-TRY_SECONDS: Final = 3.0
 SENDS_AT_ONCE: Final = 64
 """Requests under way in one process: with one that hangs for its 3 s they still end 20 a second."""
 PROVIDERS: Final = 1000

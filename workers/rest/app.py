@@ -22,6 +22,7 @@ from workers.codes import Codes
 from workers.egress import open_egress
 from workers.instances import Instance
 from workers.objects import Objects
+from workers.push.providers import vapid_of
 from workers.rest import (
     accounts,
     agents,
@@ -165,6 +166,8 @@ async def run(settings: Settings, store: Store, broker: Broker, stopping: anyio.
         tokens = Tokens(settings.jwt_private_key)
     except KeyUnfit as error:
         raise SettingError(str(error)) from error
+    if settings.push_vapid_private_key:
+        vapid_of(settings)
     listener = open_listener(settings.rest_host, settings.rest_port)
     endpoint = settings.rest_url or f"http://{settings.rest_host}:{settings.rest_port}"
     info = records.InstanceInfo("rest", endpoint, 0, False)

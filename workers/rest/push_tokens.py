@@ -13,11 +13,15 @@ import msgspec
 import structlog
 from litestar import delete, get, put
 from litestar.params import JSONBody
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 from protocol.errors import ErrorCode
-from workers.push.adapters import LOG
-from workers.push.providers import kinds
+from workers.push.adapters import LogAdapter
+from workers.push.apns import ApnsAdapter
+from workers.push.fcm import FcmAdapter
+from workers.push.providers import kinds, vapid_of
+from workers.push.web_push import WebPushAdapter, check_keys
+from workers.push.webhook import WebhookAdapter
 from workers.rest.access import shape_guard, user_guard
 from workers.rest.allowances import spend
 from workers.rest.desk import Desk, DeskDependency, now_ms
@@ -42,7 +46,39 @@ class NewWebhookToken(msgspec.Struct, frozen=True, tag_field="kind", tag="webhoo
     token: OpaqueToken
 
 
-NewToken = NewLogToken | NewWebhookToken
+class NewFcmToken(msgspec.Struct, frozen=True, tag_field="kind", tag="fcm"):
+    """A registration token of Firebase Cloud Messaging."""
+
+    token: Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_:.-]{1,4096}\Z")]
+
+
+class NewApnsToken(msgspec.Struct, frozen=True, tag_field="kind", tag="apns"):
+    """A device token of Apple's, hexadecimal."""
+
+    token: Annotated[str, Meta(pattern=r"\A([0-9A-Fa-f]{2}){16,200}\Z")]
+
+
+class SubscriptionKeys(msgspec.Struct, frozen=True):
+    """Base64url: the device's point of P-256, and 16 bytes that only it and we know."""
+
+    p256dh: Annotated[str, Meta(min_length=1, max_length=128)]
+    auth: Annotated[str, Meta(min_length=1, max_length=64)]
+
+
+class Subscription(msgspec.Struct, frozen=True):
+    """What `PushSubscription.toJSON()` gives; `expirationTime` is not looked at."""
+
+    endpoint: Annotated[str, Meta(min_length=1, max_length=2048)]
+    keys: SubscriptionKeys
+
+
+class NewWebPushToken(msgspec.Struct, frozen=True, tag_field="kind", tag="web_push"):
+    """A subscription of a browser, made with the key of `GET /v1/push`."""
+
+    subscription: Subscription
+
+
+NewToken = NewLogToken | NewWebhookToken | NewFcmToken | NewApnsToken | NewWebPushToken
 
 
 class ShownToken(msgspec.Struct, frozen=True):
@@ -55,15 +91,18 @@ class ShownToken(msgspec.Struct, frozen=True):
 
 
 class PushOffer(msgspec.Struct, frozen=True):
-    """The kinds of token that this installation takes."""
+    """The kinds of token that this installation takes. `application_server_key`: what browsers subscribe with."""
 
     kinds: list[str]
+    application_server_key: str | UnsetType = UNSET
 
 
 @get("/v1/push", guards=[user_guard, shape_guard], summary="Read how devices can be told")
 async def read_push(desk: DeskDependency) -> PushOffer:
     """What a client has to know before it registers."""
-    return PushOffer(kinds(desk.settings))
+    offered = kinds(desk.settings)
+    is_web = WebPushAdapter.kind in offered
+    return PushOffer(offered, vapid_of(desk.settings).public_key if is_web else UNSET)
 
 
 @put(
@@ -82,7 +121,7 @@ async def put_token(
     """
     user_id = owner_of(request, device_id)
     await spend(desk, "push_tokens", user_id, desk.settings.push_registrations_per_hour, _HOUR)
-    token = _token(desk, user_id, device_id, data)
+    token = await _token(desk, user_id, device_id, data)
     limit = desk.settings.devices_per_account
     if not await desk.store.push_tokens.put(token, limit):
         raise RestError(ErrorCode.CONFLICT, f"at most {limit} devices of a user are told")
@@ -91,27 +130,44 @@ async def put_token(
     return _shown(token)
 
 
-def _token(desk: Desk, user_id: str, device_id: str, data: NewToken) -> PushToken:
+async def _token(desk: Desk, user_id: str, device_id: str, data: NewToken) -> PushToken:
     """Raises RestError for what cannot be told."""
+    p256dh = auth = ""
     match data:
         case NewLogToken():
-            kind, address = LOG, f"{user_id}:{device_id}"
+            kind, address = LogAdapter.kind, f"{user_id}:{device_id}"
         case NewWebhookToken(token=address):
-            kind = "webhook"
+            kind = WebhookAdapter.kind
+        case NewFcmToken(token=address):
+            kind = FcmAdapter.kind
+        case NewApnsToken(token=address):
+            kind, address = ApnsAdapter.kind, address.lower()
+        case NewWebPushToken(subscription=Subscription(endpoint=address, keys=keys)):
+            kind, p256dh, auth = WebPushAdapter.kind, keys.p256dh, keys.auth
     if kind not in (offered := kinds(desk.settings)):
         said = ", ".join(offered) or "none"
-        raise RestError(
-            ErrorCode.VALIDATION_FAILED, f"kind: pushes of {kind} are not configured here; there are: {said}"
-        )
+        raise RestError(ErrorCode.VALIDATION_FAILED, f"kind: {kind} is not configured here; there are: {said}")
+    if kind == WebPushAdapter.kind:
+        await _check_subscription(desk, address, p256dh, auth)
     now = moment_at(now_ms())
     return PushToken(
         user_id=user_id,
         device_id=device_id,
         kind=kind,
         address=address,
+        p256dh=p256dh,
+        auth=auth,
         registered_at=now,
         expires_at=now + timedelta(days=desk.settings.push_token_days),
     )
+
+
+async def _check_subscription(desk: Desk, endpoint: str, p256dh: str, auth: str) -> None:
+    """Raises RestError where nobody could be told by it."""
+    if reason := check_keys(p256dh, auth):
+        raise RestError(ErrorCode.VALIDATION_FAILED, f"subscription.{reason}")
+    if reason := await desk.egress.check(endpoint):
+        raise RestError(ErrorCode.VALIDATION_FAILED, f"subscription.endpoint: {reason}")
 
 
 @get(
