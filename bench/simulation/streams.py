@@ -109,9 +109,12 @@ class StreamCommands:
         if how != b"MINID":
             raise NotTwinned(f"XTRIM {how!r}")
         stream: Stream | None = self.find(key, Stream)
-        if stream is None or (arguments[2] == b"~" and not self.trims_roughly):
+        if stream is None:
             return 0
         floor = place_of(arguments[-1])
+        # Whole nodes only, and the few entries here are one: it goes when nothing of it is to stay.
+        if arguments[2] == b"~" and not self.trims_roughly and any(place >= floor for place in stream.entries):
+            return 0
         gone = [place for place in stream.entries if place < floor]
         for place in gone:
             del stream.entries[place]
