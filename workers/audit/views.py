@@ -225,7 +225,7 @@ class Views:
         for sequence, shown in self._entries.items():
             if sequence >= floor and sequence not in acked:
                 self._add("I2b", "shown, and not stored", sequence=sequence, shown=shown)
-        self._check_visibility(log)
+        self._check_visibility(log, floor)
         for user, dev, sequence, canary in self._strange:
             if canary not in canaries:
                 self._add(
@@ -242,14 +242,15 @@ class Views:
                 if not any(stay.holds(sequence) and stay.last is None for stay in stays):
                     self._add("I18", "a live page long after the removal", user=user, sequence=sequence, at=at)
 
-    def _check_visibility(self, log: LogAudit) -> None:
+    def _check_visibility(self, log: LogAudit, floor: int) -> None:
+        """Below the floor nothing says any more who was in it when."""
         if log.first is None and not log.members:
             return
         shown = [(user, dev, seen.runs) for (user, dev), seen in self._seen.items()]
         shown += [(user, "api", runs) for user, runs in self._looked.items()]
         for user, dev, runs in shown:
             stays = log.roster.stays.get(user, [])
-            allowed = [(stay.first, 2**53 if stay.last is None else stay.last) for stay in stays]
+            allowed = [(0, floor - 1), *((stay.first, 2**53 if stay.last is None else stay.last) for stay in stays)]
             for first, last in runs.outside(allowed):
                 self._add(
                     "I5",
