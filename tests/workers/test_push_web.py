@@ -142,6 +142,7 @@ def test_the_example_of_rfc_8291_decrypts() -> None:
         (base64url(b"\x02" + b"\1" * 32), "AAAAAAAAAAAAAAAAAAAAAA", "p256dh"),
         (base64url(Subscriber().public), "AAAA", "auth"),
     ],
+    ids=["empty", "no base64url", "no point", "a short point", "a short secret"],
 )
 def test_what_is_no_subscription(p256dh: str, auth: str, said: str) -> None:
     assert said in check_keys(p256dh, auth)
