@@ -19,6 +19,7 @@ from pymongo.errors import (
     ServerSelectionTimeoutError,
     WriteConcernError,
 )
+from pymongo.read_concern import ReadConcern
 
 from bench.simulation.documents import aggregated, candidates, inserted_by, matches, ordered, shown, stored, updated
 from bench.simulation.gaps import NotTwinned
@@ -27,8 +28,6 @@ from bench.simulation.replica_set import SELECTION_SECONDS, Taken
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-
-    from pymongo.read_concern import ReadConcern
 
     from bench.simulation.documents import Document
     from bench.simulation.network import Process
@@ -49,6 +48,11 @@ class TwinMongo:
     def get_database(self, _name: str, *, write_concern: WriteConcern, read_concern: ReadConcern, **_: Any) -> Any:
         """See `AsyncMongoClient.get_database`."""
         return TwinDatabase(self, write_concern, read_concern)
+
+    @property
+    def admin(self) -> TwinDatabase:
+        """See `AsyncMongoClient.admin`."""
+        return TwinDatabase(self, WriteConcern(), ReadConcern())
 
     @asynccontextmanager
     async def start_session(self, snapshot: bool) -> AsyncIterator[TwinSession]:
@@ -83,6 +87,13 @@ class TwinDatabase:
 
     def __getitem__(self, name: str) -> TwinCollection:
         return TwinCollection(self._client, name, self.write_concern, self.read_concern)
+
+    async def command(self, name: str) -> Document:
+        """`ping`, to the primary."""
+        if name != "ping":
+            raise NotTwinned(name)
+        answer: Document = await self._client.ask(lambda: {"ok": 1.0})
+        return answer
 
 
 class _Asked:

@@ -32,9 +32,11 @@ from bench.simulation.wire import TwinWire
 from gateway.admission import PublicKeys
 from protocol import dev_keys, keys, records
 from workers import ingest, query
+from workers.breaker import probe
 from workers.instances import Instance
 from workers.settings import load_settings
 from workers.store import Store
+from workers.store.errors import StoreUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
@@ -144,9 +146,13 @@ class House:
     async def _run_worker(self, process: Process) -> None:
         store, broker = _store(), _broker()
         process.stopping = anyio.Event()
-        async with anyio.create_task_group() as group:
-            group.start_soon(ingest.run, _WORKER, store, broker, process.stopping)
-            group.start_soon(query.run, _WORKER, store, broker, process.stopping)
+        async with anyio.create_task_group() as probes:
+            probes.start_soon(probe, store.breaker, store.ping, StoreUnavailable)
+            probes.start_soon(probe, broker.breaker, broker.ping, workers.broker.BrokerUnavailable)
+            async with anyio.create_task_group() as group:
+                group.start_soon(ingest.run, _WORKER, store, broker, process.stopping)
+                group.start_soon(query.run, _WORKER, store, broker, process.stopping)
+            probes.cancel_scope.cancel()
 
     # --- REST --------------------------------------------------------------------------------------------------------
 
