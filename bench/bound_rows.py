@@ -494,6 +494,7 @@ OTHERS: Final = {
     "workers.dead_letters._Known._places": "dead letters that wait for their replay, which end after 7 days",
     "workers.lease.Leases._adopted": _SHARDS,
     "workers.unheard.Unheard._said": "one for each conversation in which something was said within a second or two",
+    "workers.lease.Leases._resting": _SHARDS,
     "workers.lease.Leases._until": _SHARDS,
     "workers.takeover.TakeOver._survived": "suspects that were tried alone and did no harm, until that is written down",
     "workers.store.audience.Audience._least": "the members of one conversation, for one answer",

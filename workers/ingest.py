@@ -33,7 +33,7 @@ async def run(settings: Settings, store: Store, broker: Broker, stopping: anyio.
     """Own a share of the shards until `stopping`; then finish what was read, flush, and release the leases."""
     worker_id = f"worker-{secrets.token_hex(6)}"
     registry = Registry(broker)
-    interest, trial = Interest(), anyio.Lock()
+    interest, trial = Interest(listened=True), anyio.Lock()
     lanes = [
         Lane(
             store,

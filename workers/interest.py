@@ -30,10 +30,12 @@ log = structlog.get_logger(__name__)
 
 
 class Interest:
-    """What the store said last. Nobody listens until it was asked."""
+    """What the store and Redis said last."""
 
-    def __init__(self) -> None:
-        self.listened = False
+    def __init__(self, *, listened: bool = False) -> None:
+        """`listened`: what to go by until it was asked. A message that was no event when it was committed never becomes
+        one, so who does not know says yes."""
+        self.listened = listened
         """Does an app listen to all conversations?"""
 
     async def look(self, store: Store, broker: Broker) -> None:

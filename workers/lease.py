@@ -75,6 +75,8 @@ class Leases:
         self._until: dict[int, float] = {}
         self._adopted: dict[int, float] = {}
         self._told: frozenset[int] = frozenset()
+        self._resting: list[int] = []
+        """Held, and not worked on yet."""
         self._seen_free: frozenset[int] = frozenset()
 
     @property
@@ -121,8 +123,11 @@ class Leases:
         asked_at = anyio.current_time()
         held = await self._broker.hold_leases(self._worker_id, wanted, self._estate.lease)
         fresh = [shard for shard in held if shard not in self._until]
-        if fresh and await self._estate.prepare(fresh):
-            await anyio.sleep(REMADE_SECONDS)
+        if fresh:
+            self._resting = fresh
+            if await self._estate.prepare(fresh):
+                await anyio.sleep(REMADE_SECONDS)
+            self._resting = []
         lost = [shard for shard in wanted if shard in self._until and shard not in set(held)]
         for shard in lost:
             del self._until[shard]
@@ -160,7 +165,7 @@ class Leases:
 
     async def release(self) -> None:
         """Give up everything, for a clean stop. Never raises: the leases end by themselves."""
-        shards = list(self._until)
+        shards = [*self._until, *self._resting]
         self._until.clear()
         try:
             await self._broker.release_leases(self._worker_id, shards, self._estate.lease)

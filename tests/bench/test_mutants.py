@@ -20,7 +20,7 @@ FOUND_FROM: Final = {
     "redis_incr_sequence": 0,
     "new_message_id_on_retry": 0,
     "no_unique_key": 0,
-    "no_unique_sequence": 260,
+    "no_unique_sequence": 40,
     "pipelined_batches": 0,
     "ack_at_w1": 0,
     "unordered_bulk": 0,
