@@ -142,6 +142,24 @@ async def test_only_what_was_declared_can_be_stored_and_only_that_can_be_finishe
     assert (await begin(rest, other))["media_id"] != begun["media_id"], "nobody learns what others have"
 
 
+async def test_an_upload_that_is_late_or_signed_by_somebody_else_is_refused_and_may_begin_again(
+    rest: Rest, objects: Objects
+) -> None:
+    _, token = await rest.user("Ann")
+    begun = await begin(rest, token)
+    url = begun["upload"]["url"]
+    head, _, signature = url.rpartition("=")
+    assert await put(f"{head}={signature[::-1]}", PICTURE, Content_Type="image/png") == 403, "another signature"
+    late = objects.put_url(begun["media_id"], len(PICTURE), "image/png", datetime.now(UTC) - timedelta(minutes=61))
+    assert await put(late, PICTURE, Content_Type="image/png") == 403, "its hour is over"
+    fresh = objects.put_url(begun["media_id"], len(PICTURE), "image/png", datetime.now(UTC) - timedelta(minutes=59))
+    assert await put(fresh, PICTURE, Content_Type="image/png") == 200
+    again = (await rest.call("GET", f"/v1/media/{begun['media_id']}/upload", token)).json()
+    assert await put(again["upload"]["url"], PICTURE, Content_Type="image/png") == 200, (
+        "who comes late asks for another"
+    )
+
+
 async def test_a_message_carries_only_media_its_sender_may_use(rest: Rest) -> None:
     (_, token), (bob, reader), (cat, third) = [await rest.user(name) for name in ("Ann", "Bob", "Cat")]
     group = await rest.group(token, bob)
