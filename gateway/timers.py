@@ -32,10 +32,11 @@ class Timed(Protocol):
 
 
 class TimerWheel:
-    """Deadlines to the second, at most one per object. Arming costs a set operation; no method awaits."""
+    """Deadlines to the second, at most one per object; those of one second expire in the order in which they were set.
+    Arming costs a dict operation; no method awaits."""
 
     def __init__(self) -> None:
-        self._buckets: dict[int, set[Timed]] = {}
+        self._buckets: dict[int, dict[Timed, None]] = {}
         self._handled = 0
 
     def arm(self, timed: Timed, at: float, now: float) -> None:
@@ -48,14 +49,14 @@ class TimerWheel:
         timed.due = second
         bucket = self._buckets.get(second)
         if bucket is None:
-            bucket = self._buckets[second] = set()
-        bucket.add(timed)
+            bucket = self._buckets[second] = {}
+        bucket[timed] = None
 
     def disarm(self, timed: Timed) -> None:
         """Forget it."""
         bucket = self._buckets.get(timed.due)
         if bucket is not None:
-            bucket.discard(timed)
+            bucket.pop(timed, None)
         timed.due = 0
 
     def expire(self, now: float) -> list[Timed]:

@@ -25,19 +25,21 @@ def simulate(*arguments: str, hashes: str = "0") -> subprocess.CompletedProcess[
 @pytest.mark.slow
 def test_the_same_seed_is_the_same_universe_to_the_byte() -> None:
     """Also for who starts it with other hashes: the command sets them itself."""
-    runs = [simulate("--seed", "7", "--trace", hashes=hashes) for hashes in ("0", "1")]
+    runs = [simulate("--seed", "11", "--trace", hashes=hashes) for hashes in ("0", "1")]
     first, second = (hashlib.sha256(run.stdout.encode()).hexdigest() for run in runs)
     assert runs[0].returncode == 0, runs[0].stdout[-2000:] + runs[0].stderr[-2000:]
-    assert len(runs[0].stdout.splitlines()) > 200
+    assert len(runs[0].stdout.splitlines()) > 300
     assert first == second
 
 
-@pytest.mark.xfail(strict=False, reason="open: a universe behind others differs where the whole suite runs")
 @pytest.mark.slow
 def test_a_seed_is_the_same_universe_alone_and_behind_others_in_one_process() -> None:
-    """A failing seed once did not fail when it was run alone: ids of requests came from where objects lay in memory."""
+    """A failing seed once did not fail when it was run alone: ids of requests came from where objects lay in memory,
+    and so did the order in which deadlines of one second expired. So where they lie is shaken up too."""
     script = (
-        "import hashlib, sys; from bench.simulate import simulate; "
+        "import hashlib, random, sys; from bench.simulate import simulate; "
+        "kept = [[None] * random.randrange(1, 20) for _ in range(60_000 if len(sys.argv) > 2 else 0)]; "
+        "random.shuffle(kept); del kept[::2]; "
         "last = simulate([int(seed) for seed in sys.argv[1:]], trace=True)[-1]; "
         "print(len(last.trace), hashlib.sha256('\\n'.join(last.trace).encode()).hexdigest())"
     )
@@ -50,7 +52,7 @@ def test_a_seed_is_the_same_universe_alone_and_behind_others_in_one_process() ->
         ).stdout
         for others in ([], before)
     ]  # fmt: skip
-    assert int(runs[0].split()[0]) > 200
+    assert int(runs[0].split()[0]) > 300
     assert runs[0] == runs[1]
 
 
