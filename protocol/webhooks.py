@@ -177,6 +177,16 @@ def signature(keys: Sequence[bytes], message_id: str, timestamp: str, body: byte
     return " ".join("v1," + base64.b64encode(hmac.digest(key, signed, hashlib.sha256)).decode() for key in keys)
 
 
+def signed_headers(keys: Sequence[bytes], message_id: str, seconds: int, body: bytes) -> dict[str, str]:
+    """The three headers of a request that is made at `seconds` (epoch)."""
+    timestamp = str(seconds)
+    return {
+        "webhook-id": message_id,
+        "webhook-timestamp": timestamp,
+        "webhook-signature": signature(keys, message_id, timestamp, body),
+    }
+
+
 # --- tries (reliability.md section 11, "HTTP to agents and webhooks") ------------------------------------------------
 
 TRIES: Final = 3

@@ -82,7 +82,8 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
 def setting_findings(environ: Mapping[str, str], roles: Sequence[str]) -> list[Finding]:
     """What is set, what is missing or malformed, and what is nobody's setting."""
     problems = _problems(environ, roles)
-    findings = [Finding("setting", Level.BAD, text, "see workers/settings.py") for text in problems]
+    advice = "see workers/settings.py; TRIREME_ENV=dev supplies what the Procfile's system runs with"
+    findings = [Finding("setting", Level.BAD, text, advice) for text in problems]
     known = {f"{PREFIX}{field.name.upper()}": field.name for field in msgspec.structs.fields(Settings)}
     for variable, name in known.items():
         if environ.get(variable) and not any(text.startswith(variable) for text in problems):

@@ -124,13 +124,8 @@ class WebhookSender:
 
     async def _post(self, message_id: str, body: bytes) -> int:
         """One try; the answer's body is not read."""
-        timestamp = str(time.time_ns() // 1_000_000_000)
-        headers = {
-            "content-type": "application/json",
-            "webhook-id": message_id,
-            "webhook-timestamp": timestamp,
-            "webhook-signature": webhooks.signature([self._key], message_id, timestamp, body),
-        }
+        signed = webhooks.signed_headers([self._key], message_id, time.time_ns() // 1_000_000_000, body)
+        headers = {"content-type": "application/json", **signed}
         async with self._client.stream("POST", self._url, content=body, headers=headers) as response:
             return response.status_code
 

@@ -12,7 +12,7 @@ import trio
 from protocol import codec, frames, keys, records
 from protocol.errors import AuthErrorCode
 from protocol.models import UserStatus
-from tests.system.crowd import Crowd, Talker, crowd, talker
+from tests.system.crowd import Crowd, Talker, crowd, eventually, talker
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -165,6 +165,11 @@ async def test_who_hides_or_blocks_is_seen_no_more(house: House) -> None:
             await nothing(watcher, 1.0)
 
 
+def is_listed(house: House, user_id: str, device_id: str) -> bool:
+    with house.database() as database:
+        return database["devices"].find_one({"user_id": user_id, "device_id": device_id}) is not None
+
+
 async def test_channels_reach_a_user_on_every_gateway(house: House) -> None:
     async with crowd(house, judged=False) as people:
         user_id = await people.user()
@@ -180,6 +185,8 @@ async def test_channels_reach_a_user_on_every_gateway(house: House) -> None:
                 client.publish(keys.notification_channel(user_id), codec.encode_value(records.Tell(raw)))
                 assert await tablet.expect(frames.KeysLow) == frame
                 assert await phone.expect(frames.KeysLow) == frame
+            # Which devices there are is written down behind the answer that let them in.
+            await eventually(lambda: is_listed(house, user_id, "tablet"), "the tablet")
             answer = await people.api.call("DELETE", "/v1/devices/tablet", people.tokens[user_id])
             assert isinstance(answer, dict), answer
             refused: frames.AuthError = await tablet.expect(frames.AuthError)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from workers.store import Store
 
 LATER = timedelta(minutes=1)
+FIRST = datetime.fromtimestamp(0, UTC)
+"""Older than the ids of `seeding.Log`."""
 
 
 def now() -> datetime:
@@ -73,7 +75,7 @@ async def open_app(store: Store, url: str, **fields: Any) -> App:
         conversation_ids=fields.pop("conversation_ids", []),
         agent_ids=fields.pop("agent_ids", []),
         status=WebhookStatus.ENABLED,
-        created_at=now(),
+        created_at=fields.pop("created_at", FIRST),
         updated_at=now(),
         **fields,
     )

@@ -80,6 +80,7 @@ async def test_the_administrator_lists_them_newest_first_by_pages_and_filters(sc
             break
         cursor = f"&cursor={page['next_cursor']}"
     assert pages == [[names[2], names[1]], [names[0]]]
+    assert (await scene.admin("GET", f"?cursor={'9' * 15}.dlq_1")).status_code == 200, "a year that no calendar has"
     assert (await scene.admin("GET", "?status=failed")).json() == {"items": [], "next_cursor": None}
     assert len((await scene.admin("GET", "?status=pending&error_type=storage_failed")).json()["items"]) == 3
     assert (await scene.admin("GET", "?error_type=timeout")).json()["items"] == []

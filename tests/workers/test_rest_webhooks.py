@@ -10,7 +10,7 @@ import pytest
 
 from protocol import webhooks
 from protocol.webhooks import DeliveryStatus, Mode, key_of
-from tests.workers.apps import App, Talk, couriers, heard, now, verified
+from tests.workers.apps import FIRST, App, Talk, couriers, heard, now, verified
 from tests.workers.receiver import HANG, answer, receiving
 from tests.workers.seeding import Rest, refusal
 
@@ -149,6 +149,7 @@ async def test_dead_letters_are_listed_without_contents_and_replayed(office: Off
     talk = await Talk(office.store).open()
     async with receiving(answer(400), answer(400), answer(200)) as receiver, couriers(office.store, settings):
         app = await office.register(receiver.url)
+        await office.store.db["webhooks"].update_one({"_id": app.webhook_id}, {"$set": {"created_at": FIRST}})
         said = await talk.say("what ann wrote", "what bob wrote", "fine")
         await app.until(1, DeliveryStatus.DELIVERED)
         state = (await office.call("GET", f"/{app.webhook_id}")).json()

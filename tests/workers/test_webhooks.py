@@ -67,6 +67,15 @@ async def test_both_libraries_read_what_arrives(store: Store, settings: Settings
             assert request.headers["content-type"] == expected
 
 
+async def test_what_was_said_before_it_was_registered_is_not_sent(store: Store, talk: Talk) -> None:
+    """The outbox may hold it: of workers that did not know yet who listens, or of an app before this one."""
+    old = await open_app(store, "https://app.example/old")
+    new = await open_app(store, "https://app.example/new", created_at=now())
+    said = await talk.say("one", "two")
+    assert [delivery.event_id for delivery in await old.deliveries()] == said
+    assert await new.deliveries() == []
+
+
 async def test_a_wrong_signature_is_told_by_the_library(store: Store, settings: Settings, talk: Talk) -> None:
     async with receiving() as receiver, couriers(store, settings):
         app = await open_app(store, receiver.url)

@@ -19,6 +19,7 @@ import anyio
 import anyio.abc
 import structlog
 
+from protocol import keys, webhooks
 from workers import metrics
 from workers.agents.calls import Answer, Caller, Failure
 from workers.agents.classes import Context
@@ -45,12 +46,6 @@ FINISHED_KEPT: Final = 10_000
 """Tasks whose end is remembered here, so that one that comes again by the stream is not asked again."""
 AGENTS_KEPT: Final = 1000
 """Agents whose bound and breaker are remembered; idle ones are forgotten past it."""
-TRIES: Final = 3
-FIRST_RETRY_SECONDS: Final = 0.2
-LONGEST_RETRY_SECONDS: Final = 10.0
-FAILURES_TO_OPEN: Final = 3
-OPEN_SECONDS: Final = 60.0
-"""Reliability.md section 11, "HTTP to agents and webhooks"; so are the four before."""
 SHOWN_AFTER_SECONDS: Final = 0.5
 """An agent that answers sooner is not shown at work."""
 TYPING_EVERY_SECONDS: Final = 4.0
@@ -58,7 +53,6 @@ TYPING_EVERY_SECONDS: Final = 4.0
 PROGRESS_SPACING_SECONDS: Final = 0.2
 _FLUSH_SECONDS: Final = 0.05
 _PAUSE_SECONDS: Final = 1.0
-_JITTER: Final = 0.2
 _AT_ONCE_MS: Final = 1000
 """A message older than this was waiting for something else than its way."""
 
@@ -70,7 +64,7 @@ class _Desk:
 
     def __init__(self, agent: Agent) -> None:
         self.room = anyio.CapacityLimiter(agent.concurrency)
-        self.breaker = Breaker("agent", FAILURES_TO_OPEN, OPEN_SECONDS)
+        self.breaker = Breaker("agent", webhooks.FAILURES_TO_OPEN, webhooks.OPEN_SECONDS)
 
 
 class Runner:
@@ -203,7 +197,7 @@ class Runner:
 
     async def _ask(self, task: Task, route: Route, desk: _Desk) -> tuple[Answer | Failure, bool]:
         """Its answer, or the last failure and whether it came in time."""
-        age_ms = now_ms() - int(task.message_id[4:15], 16)
+        age_ms = now_ms() - keys.made_at_ms(task.message_id)
         if age_ms < _AT_ONCE_MS:
             metrics.AGENT_ROUTING_SECONDS.observe(age_ms / 1000)
         seconds = route.agent.timeout_seconds
@@ -218,11 +212,10 @@ class Runner:
         return found, not scope.cancelled_caught
 
     async def _try(self, task: Task, route: Route, desk: _Desk) -> Answer | Failure:
-        """Up to `TRIES` times, each spared where the agent has failed lately."""
+        """Up to `webhooks.TRIES` times, each spared where the agent has failed lately."""
         caller = self._callers[route.agent.kind]
         context = self._context(task, route)
-        delay = FIRST_RETRY_SECONDS
-        for number in range(1, TRIES + 1):
+        for number in range(1, webhooks.TRIES + 1):
             try:
                 desk.breaker.admit()
             except BreakerOpen:
@@ -233,10 +226,10 @@ class Runner:
                 desk.breaker.succeeded()
                 return found
             (desk.breaker.failed if found.is_away else desk.breaker.succeeded)()
-            if found.is_final or number == TRIES:
+            if found.is_final or number == webhooks.TRIES:
                 break
-            await anyio.sleep(delay * random.uniform(1 - _JITTER, 1 + _JITTER))
-            delay = min(delay * 2, LONGEST_RETRY_SECONDS)
+            delay = webhooks.quick_retry_seconds(number)
+            await anyio.sleep(delay * random.uniform(1 - webhooks.JITTER, 1 + webhooks.JITTER))
         return found
 
     def _context(self, task: Task, route: Route) -> Context:

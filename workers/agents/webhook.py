@@ -52,15 +52,12 @@ class WebhookCaller:
     async def call(self, agent: Agent, task: Task, context: Context) -> Answer | Failure:
         """See `calls.Caller.call`. Raises StoreUnavailable."""
         body = codec.encode_value(message_received(task.event))
-        timestamp = str(now_ms() // 1000)
         key = webhooks.key_of(await self._store.agents.secret(agent.agent_id))
         headers = {
             "content-type": STRUCTURED_TYPE,
             "user-agent": USER_AGENT,
-            "webhook-id": task.message_id,
-            "webhook-timestamp": timestamp,
-            "webhook-signature": webhooks.signature([key], task.message_id, timestamp, body),
             "trireme-agent": agent.agent_id,
+            **webhooks.signed_headers([key], task.message_id, now_ms() // 1000, body),
         }
         if context.intent:
             headers["trireme-intent"] = context.intent

@@ -47,13 +47,8 @@ class WebhookAdapter:
         }
         body = msgspec.json.encode({"type": "push.job", "data": data})
         message_id = trace_id(token.user_id, token.device_id, job.message_id)
-        timestamp = str(time.time_ns() // 1_000_000_000)
-        headers = {
-            "content-type": "application/json",
-            "webhook-id": message_id,
-            "webhook-timestamp": timestamp,
-            "webhook-signature": webhooks.signature([self._key], message_id, timestamp, body),
-        }
+        signed = webhooks.signed_headers([self._key], message_id, time.time_ns() // 1_000_000_000, body)
+        headers = {"content-type": "application/json", **signed}
         try:
             async with self._client.stream("POST", self._url, content=body, headers=headers) as response:
                 return outcome_of(response.status_code, response.headers)

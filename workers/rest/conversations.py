@@ -20,17 +20,15 @@ from workers.rest.allowances import spend, spend_step
 from workers.rest.desk import Desk, DeskDependency
 from workers.rest.errors import RestError
 from workers.rest.shapes import (
-    EPOCH,
-    LAST_MS,
-    MILLISECOND,
     CallerRequest,
     Flag,
     IdempotencyHeader,
     Limit,
     Listing,
     PathId,
+    cursor_of,
     is_true,
-    moment_at,
+    spot_of,
 )
 from workers.store.overviews import Overview, Place
 
@@ -170,9 +168,9 @@ async def list_conversations(
 ) -> Listing[Overview]:
     """The caller's conversations, newest activity first, each with its last message, its unread count and the caller's
     own settings. `archived` leaves only those that are, or are not."""
-    place = None if cursor is None else _parse_place(cursor)
+    place = None if cursor is None else Place(*spot_of(cursor))
     items, more = await desk.store.overviews.overviews(request.user.user, place, limit, is_true(archived))
-    return Listing(items, None if more is None else _format_place(more))
+    return Listing(items, None if more is None else cursor_of(more.active_at, more.conversation_id))
 
 
 @get(
@@ -227,12 +225,3 @@ async def change_conversation(
 def not_found() -> RestError:
     """The same answer for an unknown conversation and for a foreign one."""
     return RestError(ErrorCode.CONVERSATION_NOT_FOUND, "no such conversation")
-
-
-def _format_place(place: Place) -> str:
-    return f"{(place.active_at - EPOCH) // MILLISECOND}.{place.conversation_id}"
-
-
-def _parse_place(cursor: str) -> Place:
-    milliseconds, _, conversation_id = cursor.partition(".")
-    return Place(moment_at(min(int(milliseconds), LAST_MS)), conversation_id)

@@ -20,7 +20,7 @@ from workers import replay
 from workers.rest.access import operator_guard, shape_guard
 from workers.rest.desk import DeskDependency, now_ms
 from workers.rest.errors import RestError
-from workers.rest.shapes import Flag, Limit, Listing, is_true, moment_at, ms_of
+from workers.rest.shapes import Flag, Limit, Listing, cursor_of, is_true, moment_at, spot_of
 from workers.store.dead_letters import Count, Place
 
 LetterId = Annotated[str, PathParameter(pattern=r"\A[A-Za-z0-9_.:-]{1,64}\Z")]
@@ -70,12 +70,9 @@ async def list_dead_letters(
     limit: Limit = 50,
 ) -> Listing[DeadLetterQueueEntry]:
     """Newest first, without contents. To a user's token: 404 `not_found`, as all routes of dead letters."""
-    after = None
-    if cursor is not None:
-        at, _, letter_id = cursor.partition(".")
-        after = Place(moment_at(int(at)), letter_id)
+    after = None if cursor is None else Place(*spot_of(cursor))
     letters, more = await desk.store.dead_letters.page(letter_status, error_type, after, limit)
-    next_cursor = None if more is None else f"{ms_of(more.created_at)}.{more.letter_id}"
+    next_cursor = None if more is None else cursor_of(more.created_at, more.letter_id)
     return Listing([veiled(letter) for letter in letters], next_cursor)
 
 

@@ -13,7 +13,7 @@ from protocol.webhooks import Delivery, DeliveryStatus
 from workers.rest.access import operator_guard, shape_guard
 from workers.rest.desk import DeskDependency, now_ms
 from workers.rest.errors import RestError
-from workers.rest.shapes import Limit, Listing, PathId, moment_at, ms_of
+from workers.rest.shapes import Limit, Listing, PathId, cursor_of, moment_at, spot_of
 from workers.store.deliveries import Place
 from workers.webhooks.sink import place_at
 
@@ -39,12 +39,9 @@ async def list_deliveries(
     `status=failed` its dead letters."""
     if await desk.store.webhooks.get(webhook_id) is None:
         raise RestError(ErrorCode.NOT_FOUND, "no such webhook")
-    after = None
-    if cursor is not None:
-        at, _, delivery_id = cursor.partition(".")
-        after = Place(moment_at(int(at)), delivery_id)
+    after = None if cursor is None else Place(*spot_of(cursor))
     page, more = await desk.store.deliveries.page(webhook_id, delivery_status, after, limit)
-    next_cursor = None if more is None else f"{ms_of(more.queued_at)}.{more.delivery_id}"
+    next_cursor = None if more is None else cursor_of(more.queued_at, more.delivery_id)
     return Listing([veiled(delivery) for delivery in page], next_cursor)
 
 

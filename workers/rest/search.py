@@ -14,9 +14,6 @@ from workers.rest.conversations import not_found
 from workers.rest.desk import Desk, DeskDependency
 from workers.rest.errors import RestError
 from workers.rest.shapes import (
-    EPOCH,
-    LAST_MS,
-    MILLISECOND,
     CallerRequest,
     Flag,
     Limit,
@@ -24,8 +21,10 @@ from workers.rest.shapes import (
     MomentQuery,
     PathId,
     QueryId,
+    cursor_of,
     is_true,
     moment_at,
+    spot_of,
 )
 from workers.store.logs import NotVisible
 from workers.store.search import Spot, Wanted
@@ -98,9 +97,9 @@ async def search_everywhere(
     over the newest 100,000 entries, shared equally."""
     await _spend(desk, request.user.user)
     wanted = _wanted(sender_id, message_type, after, before, has_media, reply_to, forwarded)
-    spot = None if cursor is None else _parse_spot(cursor)
+    spot = None if cursor is None else Spot(*spot_of(cursor))
     items, more = await desk.store.search.everywhere(request.user.user, wanted, spot, limit)
-    return Listing(items, None if more is None else _format_spot(more))
+    return Listing(items, None if more is None else cursor_of(more.created_at, more.message_id))
 
 
 def _wanted(
@@ -126,12 +125,3 @@ def _wanted(
 async def _spend(desk: Desk, user_id: str) -> None:
     if await desk.broker.spend("search", user_id, _SEARCHES, 60) > 0.0:
         raise RestError(ErrorCode.RATE_LIMITED, "too many searches")
-
-
-def _format_spot(spot: Spot) -> str:
-    return f"{(spot.created_at - EPOCH) // MILLISECOND}.{spot.message_id}"
-
-
-def _parse_spot(cursor: str) -> Spot:
-    milliseconds, _, message_id = cursor.partition(".")
-    return Spot(moment_at(min(int(milliseconds), LAST_MS)), message_id)

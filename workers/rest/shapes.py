@@ -60,6 +60,17 @@ def moment_at(epoch_ms: int) -> datetime:
     return EPOCH + epoch_ms * MILLISECOND
 
 
+def cursor_of(moment: datetime, name: str) -> str:
+    """Where the next page of what is in the order of time begins: behind this one."""
+    return f"{ms_of(moment)}.{name}"
+
+
+def spot_of(cursor: str) -> tuple[datetime, str]:
+    """What `cursor_of` was given; a time that no datetime holds becomes the last that one does."""
+    milliseconds, _, name = cursor.partition(".")
+    return moment_at(min(int(milliseconds), LAST_MS)), name
+
+
 def clamped(moment: datetime) -> datetime:
     """The same time in UTC; one that no epoch millisecond holds becomes the nearest that does."""
     return moment_at(ms_of(moment))

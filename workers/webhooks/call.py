@@ -72,11 +72,8 @@ def request_of(registered: Registered, event: events.Sendable, now: datetime) ->
     else:
         body = codec.encode_value(event)
         headers = {"content-type": events.STRUCTURED_TYPE}
-    timestamp = str(int(now.timestamp()))
     headers["user-agent"] = USER_AGENT
-    headers["webhook-id"] = event.id
-    headers["webhook-timestamp"] = timestamp
-    headers["webhook-signature"] = webhooks.signature(registered.keys, event.id, timestamp, body)
+    headers |= webhooks.signed_headers(registered.keys, event.id, int(now.timestamp()), body)
     return headers, body
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from msgspec import UNSET
 
-from protocol import codec, events, webhooks
+from protocol import codec, events, keys, webhooks
 from protocol.webhooks import Delivery, DeliveryStatus, EventType
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class WebhookSink:
             delivery_of(webhook, event, now)
             for event in batch
             for webhook in enabled
-            if webhook.wants(event, agents.get(conversation_of(event), ""))
+            if _is_since(event, webhook) and webhook.wants(event, agents.get(conversation_of(event), ""))
         ]
         if deliveries:
             await self._store.deliveries.queue(deliveries, place_at(now))
@@ -51,6 +51,14 @@ class WebhookSink:
 def conversation_of(event: events.Event) -> str:
     """Whose order it belongs to; "" for what is about no conversation."""
     return "" if isinstance(event.data, events.WebhookDisabledEvent) else event.data.conversation_id
+
+
+def _is_since(event: events.Event, webhook: Webhook) -> bool:
+    """Of a message that was said when this webhook was there? What the outbox holds may be older than anybody who
+    listens: a worker that has just started takes what it commits for events until it was asked."""
+    if isinstance(event.data, events.WebhookDisabledEvent):
+        return True
+    return keys.made_at_ms(event.id) >= int(webhook.created_at.timestamp() * 1000)
 
 
 def delivery_of(webhook: Webhook, event: events.Event, now: datetime) -> Delivery:
