@@ -11,6 +11,7 @@ generator three times the load would measure the generator. `--batch 500 --backl
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any, Final
 
 from bench import figures
@@ -41,6 +42,9 @@ RECOVERY_SECONDS: Final = 5.0
 RECOVERED_P99_MS: Final = 200.0
 MEMORY_KIB: Final = 100 * 1024
 """More in any server process than before: a backlog of 20,000 entries is 10 MB, what sockets hold is the kernel's."""
+LOOKS_SECONDS = 0.5
+"""Two looks of a gateway at how far the workers are: until then it may still count what is settled, and a sender that
+does not repeat has the rest of its conversation refused with its first message. Within what recovery may take (5 s)."""
 CALM_SECONDS: Final = 3.0
 CALM_SHARE: Final = 0.3
 """Of the saturated rate, in the look at whether the system has recovered."""
@@ -82,6 +86,7 @@ def measure(args: argparse.Namespace, stack: Stack, driver: DriverProcess) -> di
         flood = driver.command(command, PHASE_SECONDS)
         used, elsewhere = clock.used_seconds(), clock.elsewhere_cores()
     grown = {f"{role}_kib": figures.peak_kib(pid) - before[pid] for pid, role in servers.items()}
+    time.sleep(LOOKS_SECONDS)
     calm = Paced(int(rate * CALM_SHARE * CALM_SECONDS), rate * CALM_SHARE, PHASE_SECONDS)
     after = driver.command(calm, PHASE_SECONDS)
     acked = flood["messages"] - flood["refused"]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     import pytest
 
-SUITE_PROCESSES: Final = 3
+SUITE_PROCESSES: Final = 4
 """The suite waits about as long as it works: more processes than a small machine has processors."""
 
 MEMORY: Final = Path("/dev/shm")
